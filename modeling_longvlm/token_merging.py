@@ -1,0 +1,203 @@
+"""Hierarchical token merging: how LongVLM condenses a segment of a video to a few tokens (paper, section 3.2).
+
+Pure functions on tensors; nothing here knows models or configurations. One step is bipartite soft matching (ToMe):
+tokens at even positions look for their most similar partner among those at odd positions, the `r` most similar pairs
+merge. Steps repeat, usually halving, until `num_tokens` are left.
+
+Unusual: the steps decide only WHICH tokens merge. They run on a small "matching space"; the full-width features are
+read once, at the end, when every output token becomes the mean of the patches assigned to it. Merging averages
+weighted by size at every step gives the same means.
+
+Letters: S segments, T tokens of a segment (K frames x N patches), d width, C heads, M tokens left.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+# Similarity scores held at a time: segments are matched in groups of this size. 16 MiB in float32 stay near a CPU's
+# cache; an accelerator wants few large launches instead.
+_SCORES_AT_A_TIME = {"cpu": 1 << 22, "accelerator": 1 << 26}
+
+
+def derive_schedule(tokens: int, num_tokens: int) -> list[int]:
+    """How many pairs each step merges: halve while at least `num_tokens` stay, then merge the rest.
+
+    `derive_schedule(2560, 30)` is the paper's schedule, `[1280, 640, 320, 160, 80, 40, 10]`.
+
+    Args:
+        tokens: tokens that a segment has.
+        num_tokens: tokens that shall be left; as many as there are, or more, means no merging.
+
+    Raises:
+        ValueError: if either is less than 1.
+    """
+    if tokens < 1 or num_tokens < 1:
+        raise ValueError(f"tokens and num_tokens must be at least 1, got tokens={tokens} and num_tokens={num_tokens}.")
+    schedule = []
+    while tokens > num_tokens:
+        schedule.append(min(tokens // 2, tokens - num_tokens))
+        tokens -= schedule[-1]
+    return schedule
+
+
+def clip_schedule(schedule: list[int], tokens: int, num_tokens: int = 1) -> list[int]:
+    """`schedule` as it really acts on `tokens` tokens: at most half merge in a step, and never below `num_tokens`.
+
+    Steps that merge nothing (`r <= 0` among them, as in the released code) are left out;
+    `tokens - sum(clip_schedule(schedule, tokens))` tokens stay.
+    """
+    clipped = []
+    for r in schedule:
+        r = min(r, tokens // 2, tokens - num_tokens)
+        if r > 0:
+            clipped.append(r)
+            tokens -= r
+    return clipped
+
+
+def merge_tokens(
+    hidden_states: Tensor,
+    num_tokens: int | None = None,
+    schedule: list[int] | None = None,
+    num_heads: int = 16,
+    similarity: str = "mean_head",
+    order: str = "matching",
+    return_assignment: bool = False,
+    tokens_per_frame: int = 1,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Merges the tokens of each segment into `num_tokens` tokens; each is the mean of the tokens assigned to it.
+
+    Which tokens merge is decided in float32 (float64 for float64 input) without gradients; gradients flow through the means.
+
+    Args:
+        hidden_states: `(segments, tokens, width)`, any floating dtype; a segment's tokens frame by frame.
+        num_tokens: tokens left of each segment; at least as many as there are means no merging. May be left out if
+            `schedule` is given. With both, `num_tokens` is where the schedule stops.
+        schedule: pairs merged in each step, clipped to half of the tokens; default `derive_schedule`.
+        num_heads: C, the number of slices of the width whose similarities are averaged.
+        similarity: `"mean_head"` averages the head slices and takes one cosine of the means (the released code);
+            `"per_head"` averages the cosines of the heads (the paper's equation 1).
+        order: `"matching"` leaves the tokens as the last step did: unmerged tokens of the first set by falling
+            similarity, then the second set (the released code). `"time"` sorts them, once, by the mean frame, then
+            the mean place within the frame, of what was merged into them.
+        return_assignment: return also the output index of every input token.
+        tokens_per_frame: N, which tells `order="time"` what a frame is.
+
+    Returns:
+        `(segments, num_tokens, width)` in the input's dtype; with `return_assignment` also `(segments, tokens)` int64.
+
+    Raises:
+        ValueError: for impossible arguments; the message names the value.
+    """
+    if hidden_states.ndim != 3 or 0 in hidden_states.shape:
+        raise ValueError(
+            f"hidden_states must be (segments, tokens, width), none of them 0, got {tuple(hidden_states.shape)}."
+        )
+    segments, tokens, width = hidden_states.shape
+    if similarity not in ("mean_head", "per_head"):
+        raise ValueError(f"similarity must be 'mean_head' or 'per_head', got {similarity!r}.")
+    if order not in ("matching", "time"):
+        raise ValueError(f"order must be 'matching' or 'time', got {order!r}.")
+    if num_heads < 1 or width % num_heads:
+        raise ValueError(f"num_heads must divide the width {width}, got {num_heads}.")
+    if num_tokens is None and schedule is None:
+        raise ValueError("merge_tokens needs num_tokens or schedule.")
+    if num_tokens is not None and num_tokens < 1:
+        raise ValueError(f"num_tokens must be at least 1, got {num_tokens}.")
+
+    if schedule is None:
+        schedule = derive_schedule(tokens, num_tokens)
+    else:
+        schedule = clip_schedule(schedule, tokens, num_tokens or 1)
+    tokens_left = tokens - sum(schedule)
+    if num_tokens is not None and tokens_left > num_tokens:
+        raise ValueError(f"The schedule leaves {tokens_left} of {tokens} tokens, num_tokens asks for {num_tokens}.")
+
+    # The widest step compares ceil(T / 2) x floor(T / 2) tokens: that many scores a segment.
+    device = hidden_states.device.type
+    scores_at_a_time = _SCORES_AT_A_TIME["cpu" if device == "cpu" else "accelerator"]
+    group = max(1, scores_at_a_time // (((tokens + 1) // 2) ** 2))
+    merged, assignments = [], []
+    with torch.autocast(device, enabled=False):  # matching in half precision would merge other tokens
+        for x in hidden_states.split(group):  # (s, T, d)
+            assignment = _match(x, schedule, num_heads, similarity)  # (s, T)
+            if order == "time":
+                assignment = _sort_by_time(assignment, tokens_left, tokens_per_frame)
+            merged.append(_average(x, assignment, tokens_left))  # (s, M, d)
+            assignments.append(assignment)
+    return (torch.cat(merged), torch.cat(assignments)) if return_assignment else torch.cat(merged)
+
+
+@torch.no_grad()
+def _match(x: Tensor, schedule: list[int], num_heads: int, similarity: str) -> Tensor:
+    """`(S, T, d)` -> `(S, T)` int64: the index that each token ends at after all steps."""
+    segments, tokens, width = x.shape
+    # A merged token is the size-weighted mean of its parts. Cosines do not see a vector's length, so their plain SUM
+    # serves as well, and no sizes need to be kept. The mean over heads is linear: it can be taken once, before all.
+    sums = x.unflatten(-1, (num_heads, -1))  # (S, T, C, d/C)
+    dtype = _at_least_float32(x)
+    sums = sums.mean(-2, dtype=dtype) if similarity == "mean_head" else sums.flatten(-2).to(dtype)
+    heads = 1 if similarity == "mean_head" else num_heads
+    assignment = torch.arange(tokens, device=x.device).expand(segments, tokens)  # (S, T)
+    for r in schedule:
+        sums, destination = _merge_step(sums, r, heads)
+        assignment = destination.gather(1, assignment)
+    return assignment
+
+
+def _merge_step(sums: Tensor, r: int, heads: int) -> tuple[Tensor, Tensor]:
+    """Merges the `r` most similar pairs of `(S, n, w)`: the sums `(S, n - r, w)` and each token's new index `(S, n)`."""
+    segments, tokens, width = sums.shape
+    # A zero vector has no direction: its similarity to everything is 0, not NaN.
+    directions = F.normalize(sums.unflatten(-1, (heads, -1)), dim=-1).flatten(-2)  # (S, n, w)
+    first, second = sums[:, ::2], sums[:, 1::2]
+    scores = directions[:, ::2] @ directions[:, 1::2].transpose(1, 2)  # (S, ceil(n/2), floor(n/2)); heads x the mean
+    partner = scores.argmax(-1)  # (S, ceil(n/2)); the first of equals, on every device
+    best = scores.gather(-1, partner[..., None]).squeeze(-1)
+    del scores
+    ranking = best.argsort(dim=-1, descending=True, stable=True)
+    merging, staying = ranking[:, :r], ranking[:, r:]
+    num_staying = staying.shape[1]
+
+    # New order, as in the released code: what stays of the first set, most similar first, then the second set.
+    destination = torch.empty(segments, tokens, dtype=torch.long, device=sums.device)
+    destination[:, 1::2] = torch.arange(num_staying, num_staying + second.shape[1], device=sums.device)
+    of_first = torch.empty_like(ranking)
+    of_first.scatter_(1, staying, torch.arange(num_staying, device=sums.device).expand(segments, -1))
+    of_first.scatter_(1, merging, partner.gather(1, merging) + num_staying)
+    destination[:, ::2] = of_first
+
+    target = destination[..., None].expand(-1, -1, width)
+    return sums.new_zeros(segments, tokens - r, width).scatter_add_(1, target, sums), destination
+
+
+def _average(x: Tensor, assignment: Tensor, num_tokens: int) -> Tensor:
+    """Means of the tokens that share an index: `(S, T, d)`, `(S, T)` -> `(S, M, d)`, summed in float32."""
+    if num_tokens == x.shape[1]:
+        # Nothing was merged; only the order may have changed.
+        return torch.empty_like(x).scatter(1, assignment[..., None].expand_as(x), x)
+    membership = F.one_hot(assignment, num_tokens).transpose(1, 2).to(_at_least_float32(x))  # (S, M, T)
+    sizes = membership.sum(-1, keepdim=True)  # (S, M, 1)
+    # A product with zeros and ones: the same sums on every run, unlike scattered additions on a GPU.
+    return (torch.bmm(membership, x.to(membership.dtype)) / sizes).to(x.dtype)
+
+
+def _at_least_float32(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _sort_by_time(assignment: Tensor, num_tokens: int, tokens_per_frame: int) -> Tensor:
+    """Renumbers `(S, T)` so that output tokens stand in the order of the mean frame, then place, of their tokens."""
+    segments, tokens = assignment.shape
+    position = torch.arange(tokens, device=assignment.device).expand(segments, tokens)
+    zeros = torch.zeros(segments, num_tokens, device=assignment.device)
+    sizes = zeros.scatter_add(1, assignment, torch.ones_like(position, dtype=zeros.dtype))
+
+    def mean(values: Tensor) -> Tensor:
+        return zeros.scatter_add(1, assignment, values.to(zeros.dtype)) / sizes  # (S, M)
+
+    # Two stable sorts, the less important key first.
+    by_place = mean(position % tokens_per_frame).argsort(dim=1, stable=True)
+    by_time = mean(position // tokens_per_frame).gather(1, by_place).argsort(dim=1, stable=True)
+    return by_place.gather(1, by_time).argsort(dim=1).gather(1, assignment)

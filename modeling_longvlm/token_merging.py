@@ -68,7 +68,8 @@ def merge_tokens(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Merges the tokens of each segment into `num_tokens` tokens; each is the mean of the tokens assigned to it.
 
-    Which tokens merge is decided in float32 (float64 for float64 input) without gradients; gradients flow through the means.
+    Which tokens merge is decided in float32 (float64 for float64 input), without gradients; they flow through the
+    means.
 
     Args:
         hidden_states: `(segments, tokens, width)`, any floating dtype; a segment's tokens frame by frame.
@@ -94,7 +95,7 @@ def merge_tokens(
         raise ValueError(
             f"hidden_states must be (segments, tokens, width), none of them 0, got {tuple(hidden_states.shape)}."
         )
-    segments, tokens, width = hidden_states.shape
+    _, tokens, width = hidden_states.shape
     if similarity not in ("mean_head", "per_head"):
         raise ValueError(f"similarity must be 'mean_head' or 'per_head', got {similarity!r}.")
     if order not in ("matching", "time"):
@@ -132,7 +133,7 @@ def merge_tokens(
 @torch.no_grad()
 def _match(x: Tensor, schedule: list[int], num_heads: int, similarity: str) -> Tensor:
     """`(S, T, d)` -> `(S, T)` int64: the index that each token ends at after all steps."""
-    segments, tokens, width = x.shape
+    segments, tokens, _ = x.shape
     # A merged token is the size-weighted mean of its parts. Cosines do not see a vector's length, so their plain SUM
     # serves as well, and no sizes need to be kept. The mean over heads is linear: it can be taken once, before all.
     sums = x.unflatten(-1, (num_heads, -1))  # (S, T, C, d/C)
@@ -147,11 +148,10 @@ def _match(x: Tensor, schedule: list[int], num_heads: int, similarity: str) -> T
 
 
 def _merge_step(sums: Tensor, r: int, heads: int) -> tuple[Tensor, Tensor]:
-    """Merges the `r` most similar pairs of `(S, n, w)`: the sums `(S, n - r, w)` and each token's new index `(S, n)`."""
+    """Merges the `r` most similar pairs of `(S, n, w)`: `(S, n - r, w)`, and where each token went, `(S, n)`."""
     segments, tokens, width = sums.shape
     # A zero vector has no direction: its similarity to everything is 0, not NaN.
     directions = F.normalize(sums.unflatten(-1, (heads, -1)), dim=-1).flatten(-2)  # (S, n, w)
-    first, second = sums[:, ::2], sums[:, 1::2]
     scores = directions[:, ::2] @ directions[:, 1::2].transpose(1, 2)  # (S, ceil(n/2), floor(n/2)); heads x the mean
     partner = scores.argmax(-1)  # (S, ceil(n/2)); the first of equals, on every device
     best = scores.gather(-1, partner[..., None]).squeeze(-1)
@@ -162,7 +162,7 @@ def _merge_step(sums: Tensor, r: int, heads: int) -> tuple[Tensor, Tensor]:
 
     # New order, as in the released code: what stays of the first set, most similar first, then the second set.
     destination = torch.empty(segments, tokens, dtype=torch.long, device=sums.device)
-    destination[:, 1::2] = torch.arange(num_staying, num_staying + second.shape[1], device=sums.device)
+    destination[:, 1::2] = torch.arange(num_staying, tokens - r, device=sums.device)
     of_first = torch.empty_like(ranking)
     of_first.scatter_(1, staying, torch.arange(num_staying, device=sums.device).expand(segments, -1))
     of_first.scatter_(1, merging, partner.gather(1, merging) + num_staying)
@@ -177,10 +177,17 @@ def _average(x: Tensor, assignment: Tensor, num_tokens: int) -> Tensor:
     if num_tokens == x.shape[1]:
         # Nothing was merged; only the order may have changed.
         return torch.empty_like(x).scatter(1, assignment[..., None].expand_as(x), x)
-    membership = F.one_hot(assignment, num_tokens).transpose(1, 2).to(_at_least_float32(x))  # (S, M, T)
-    sizes = membership.sum(-1, keepdim=True)  # (S, M, 1)
-    # A product with zeros and ones: the same sums on every run, unlike scattered additions on a GPU.
-    return (torch.bmm(membership, x.to(membership.dtype)) / sizes).to(x.dtype)
+    dtype = _at_least_float32(x)
+    sizes = x.new_zeros(x.shape[0], num_tokens, dtype=dtype)
+    sizes.scatter_add_(1, assignment, torch.ones_like(assignment, dtype=dtype))  # (S, M)
+    if x.device.type == "cpu":
+        rows = assignment + num_tokens * torch.arange(x.shape[0])[:, None]  # (S, T)
+        sums = x.new_zeros(sizes.numel(), x.shape[-1], dtype=dtype)
+        sums = sums.index_add(0, rows.flatten(), x.flatten(0, 1).to(dtype)).view(*sizes.shape, -1)  # (S, M, d)
+    else:
+        # A product with zeros and ones gives the same sums on every run; additions scattered by an accelerator do not.
+        sums = F.one_hot(assignment, num_tokens).transpose(1, 2).to(dtype) @ x.to(dtype)  # (S, M, d)
+    return (sums / sizes[..., None]).to(x.dtype)
 
 
 def _at_least_float32(x: Tensor) -> torch.dtype:

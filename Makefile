@@ -1,0 +1,65 @@
+# make demo   sets up, then asks a question about a real video
+# make test   sets up, then runs the tests (SLOW=1: also those that take long, as CI does)
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.longvlm-installed
+FLOOR  := 5.17
+OLD    := .cache/transformers-$(FLOOR)
+PYTEST  = $(BIN)/python -m pytest $(if $(SLOW),--slow) $(ARGS)
+
+.PHONY: help setup demo test test-floor test-newest test-matrix lint style types bench clean
+
+help:
+	@sed -n 's/^# make /make /p' Makefile
+	@echo "also: make lint | style | test-matrix | bench | clean"
+
+setup: $(STAMP)
+
+# The stamp lets setup run once, and again only when the dependencies change.
+$(STAMP): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+demo: $(STAMP)
+	$(BIN)/python -m examples.demo
+
+test: $(STAMP)
+	$(PYTEST)
+
+# The oldest transformers that is supported lies in a folder of its own, in front of the environment's.
+$(OLD)/.complete: Makefile | $(STAMP)
+	test -d $(OLD)/transformers || $(BIN)/python -m pip install --quiet --target $(OLD) 'transformers==$(FLOOR).*'
+	touch $@
+
+test-floor: $(OLD)/.complete
+	PYTHONPATH=$(OLD) $(BIN)/python -c "import transformers as t; v = t.__version__; assert v.startswith('$(FLOOR).'), v"
+	PYTHONPATH=$(OLD) $(PYTEST)
+
+test-newest: $(STAMP)
+	$(BIN)/python -c "import transformers as t; v = t.__version__; assert not v.startswith('$(FLOOR).'), v"
+	$(PYTEST)
+
+test-matrix: test-floor test-newest
+
+lint: $(STAMP) types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# mypy does not see through an editable install: it gets the namespace as a tree of links.
+types: $(STAMP)
+	@mkdir -p .cache/types/longvlm
+	@ln -sfn $(CURDIR)/modeling_longvlm $(CURDIR)/processing $(CURDIR)/conversion $(CURDIR)/longvlm/*.py .cache/types/longvlm/
+	cd .cache/types && $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml -p longvlm
+
+style: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(STAMP)
+	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -1,0 +1,56 @@
+"""Makes the Auto classes and `pipeline()` of transformers know "longvlm".
+
+`register_for_auto_class` has `save_pretrained` put the code of each class next to the weights, so that a saved
+folder also loads where this package is not installed (with `trust_remote_code=True`).
+"""
+
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    AutoProcessor,
+    AutoVideoProcessor,
+)
+from transformers.pipelines import PIPELINE_REGISTRY
+
+from longvlm.modeling_longvlm.configuration_longvlm import LongVLMConfig
+from longvlm.modeling_longvlm.modeling_longvlm import LongVLMForConditionalGeneration, LongVLMModel
+from longvlm.modeling_longvlm.pipeline_longvlm import VideoQuestionAnsweringPipeline
+from longvlm.modeling_longvlm.token_merging import merge_tokens
+from longvlm.processing.processing_longvlm import LongVLMProcessor
+from longvlm.processing.video_decoding import VideoDecodeError
+from longvlm.processing.video_processing_longvlm import LongVLMVideoProcessor
+
+__all__ = [
+    "LongVLMConfig",
+    "LongVLMForConditionalGeneration",
+    "LongVLMModel",
+    "LongVLMProcessor",
+    "LongVLMVideoProcessor",
+    "VideoDecodeError",
+    "VideoQuestionAnsweringPipeline",
+    "merge_tokens",
+]
+
+TASK = "video-question-answering"
+
+# exist_ok: reloading the module (notebooks) must not fail.
+AutoConfig.register("longvlm", LongVLMConfig, exist_ok=True)
+AutoModel.register(LongVLMConfig, LongVLMModel, exist_ok=True)
+AutoModelForImageTextToText.register(LongVLMConfig, LongVLMForConditionalGeneration, exist_ok=True)
+AutoModelForMultimodalLM.register(LongVLMConfig, LongVLMForConditionalGeneration, exist_ok=True)
+AutoProcessor.register(LongVLMConfig, LongVLMProcessor, exist_ok=True)
+AutoVideoProcessor.register(LongVLMConfig, LongVLMVideoProcessor, exist_ok=True)
+PIPELINE_REGISTRY.register_pipeline(
+    TASK,
+    pipeline_class=VideoQuestionAnsweringPipeline,
+    pt_model=AutoModelForImageTextToText,
+    type="multimodal",
+)
+
+LongVLMConfig.register_for_auto_class("AutoConfig")
+LongVLMModel.register_for_auto_class("AutoModel")
+LongVLMForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
+LongVLMProcessor.register_for_auto_class("AutoProcessor")
+LongVLMVideoProcessor.register_for_auto_class("AutoVideoProcessor")

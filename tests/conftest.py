@@ -1,0 +1,45 @@
+"""What all tests share: no network for the Hub, two threads, fixed seeds, and the `--slow` option.
+
+Nothing here may import torch or transformers before the environment is set.
+"""
+
+import os
+import random
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+import numpy as np
+import pytest
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--slow"):
+        return
+    skip = pytest.mark.skip(reason="slow: run with --slow")
+    for item in items:
+        if item.get_closest_marker("slow"):
+            item.add_marker(skip)
+
+
+def pytest_report_header(config):
+    import torch
+    import transformers
+
+    where = os.path.dirname(transformers.__file__)
+    return f"transformers {transformers.__version__} ({where}), torch {torch.__version__}"
+
+
+@pytest.fixture(autouse=True)
+def fixed_seeds():
+    """The same random numbers in every test, whatever ran before."""
+    import torch
+
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)

@@ -1,0 +1,477 @@
+"""From videos to `pixel_values_videos`: which frames are taken, and how each is made the encoder's size.
+
+`size` is always what comes out, `{"height", "width"}` (servers size their profiling videos by it). How a frame gets
+there is told by `do_center_crop`: True keeps its shape (resized until it covers `size`, then the centre is cut out:
+CLIP), False squashes it (SigLIP; the original LongVLM, with nearest interpolation). Videos given as files are decoded
+by `video_decoding`: only the frames that are needed, each resized as soon as it is decoded.
+Frame rule: the released code's, at the middle of equal ranges of the video (paper section 4.1: 100 frames).
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from huggingface_hub.dataclasses import validate_typed_dict
+from PIL import Image
+from transformers.image_processing_utils import BatchFeature
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, PILImageResampling, SizeDict
+from transformers.processing_utils import VideosKwargs
+from transformers.video_processing_utils import BaseVideoProcessor
+
+from .video_decoding import DecodedVideo, FrameMetadata, decode_video
+from .video_sources import picture_to_rgb, read_picture
+
+PRESETS = {
+    "clip": {"do_center_crop": True, "resample": PILImageResampling.BICUBIC},
+    "original": {"do_center_crop": False, "resample": PILImageResampling.NEAREST},
+}
+SHORT_VIDEO = ("keep", "stretch", "once")
+MAX_UNSAMPLED_FRAMES = 10_000  # about 1.5 GB of 224 x 224 frames, four times that as floats
+METADATA_FIELDS = ("total_num_frames", "fps", "width", "height", "duration", "video_backend", "frames_indices")
+
+
+class LongVLMVideosKwargs(VideosKwargs, total=False):
+    """`VideosKwargs` and our own options; see `LongVLMVideoProcessor`."""
+
+    max_frames: int | None
+    short_video: str | None
+    shortest_edge: int | None
+    decoding_backend: str | None
+
+
+class LongVLMVideoProcessor(BaseVideoProcessor):
+    r"""
+    Takes frames from videos and makes them the vision encoder's input.
+
+    Args:
+        preset (`str`, *optional*, defaults to `"clip"`):
+            `"clip"`: bicubic resize of the shorter edge and centre crop, as CLIP was trained. `"original"`: squashed
+            with nearest interpolation, as the released LongVLM code does before CLIP's own processor. A preset
+            only sets `do_center_crop` and `resample`, which may also be given; it is not saved.
+        num_frames (`int`, defaults to 100):
+            Frames taken of a video. Of a shorter video, see `short_video`.
+        fps (`float`, *optional*):
+            Take so many frames per second instead, at the middle of each interval of 1 / fps seconds. No frame is
+            taken twice. Set on the processor, it comes before `num_frames`.
+        max_frames (`int`, *optional*):
+            Upper limit of the frames taken with `fps`: a longer video is sampled more coarsely, over its whole length.
+        short_video (`str`, defaults to `"keep"`):
+            Of a video with fewer than `num_frames` frames, take: `"keep"`: as many frames as there are, by the
+            released rule, which takes one frame in the middle twice and the last one never; `"stretch"`: those frames
+            stretched to `num_frames` by nearest interpolation along time, as the original meant to; `"once"`: every
+            frame once.
+        size (`dict`, defaults to `{"height": 224, "width": 224}`):
+            Size of the frames that come out. Files written for CLIP or DINOv2 (`size={"shortest_edge": 256}` with
+            `crop_size`) are understood: `size` becomes their `crop_size`, `shortest_edge` 256.
+        do_center_crop (`bool`): keep the shape and crop (True) or squash (False).
+        shortest_edge (`int`, *optional*):
+            With `do_center_crop`: length of the shorter edge before the crop. `None`: frames just cover `size`.
+        resample, do_resize, do_rescale, rescale_factor, do_normalize, image_mean, image_std:
+            As in any transformers processor. Defaults: CLIP's mean and standard deviation.
+        do_sample_frames (`bool`, defaults to `True`):
+            False: the frames are taken as they are given; `video_metadata` then says where they come from.
+        decoding_backend (`str`, *optional*): `"torchcodec"`, `"pyav"` or `"auto"`; see `decode_video`.
+    """
+
+    model_input_names = ["pixel_values_videos", "num_frames"]  # noqa: RUF012 (transformers' way)
+    valid_kwargs = LongVLMVideosKwargs
+
+    size = {"height": 224, "width": 224}  # noqa: RUF012
+    resample = PILImageResampling.BICUBIC
+    image_mean = OPENAI_CLIP_MEAN
+    image_std = OPENAI_CLIP_STD
+    do_resize = True
+    do_center_crop = True
+    do_rescale = True
+    do_normalize = True
+    do_convert_rgb = True
+    do_sample_frames = True
+    num_frames = 100
+    fps = None
+    max_frames = None
+    short_video = "keep"
+    shortest_edge = None
+    decoding_backend = None
+
+    def __init__(self, *, preset: str | None = None, **kwargs):
+        if preset is not None and preset not in PRESETS:
+            raise ValueError(f'preset "{preset}" is not known; choose one of {", ".join(PRESETS)}')
+        super().__init__(**{**PRESETS.get(preset, {}), **_size_as_output(kwargs)})
+        self._check_short_video(self.short_video)
+
+    @classmethod
+    def from_dict(cls, video_processor_dict: dict[str, Any], **kwargs):
+        """As in the base class; `preset=` changes what was saved."""
+        preset = kwargs.pop("preset", None)
+        if preset is not None:
+            kept = {key: value for key, value in video_processor_dict.items() if key not in PRESETS["clip"]}
+            video_processor_dict = {**kept, "preset": preset}
+        return super().from_dict(video_processor_dict, **kwargs)
+
+    # --- which frames ---
+
+    def sample_frames(self, metadata, num_frames: int | None = None, fps: float | None = None, **kwargs) -> np.ndarray:
+        """
+        Which frames of a video are taken.
+
+        Args:
+            metadata: `VideoMetadata` with `total_num_frames`; `fps` (the video's own) is needed for sampling by `fps`.
+            num_frames, fps: at most one of them; default: the processor's.
+            kwargs: `max_frames` and `short_video`, others are ignored.
+        Returns:
+            Source indices, ascending, int64. More frames than there are cannot be asked for: see `short_video`.
+        """
+        if num_frames is not None and fps is not None:
+            raise ValueError(f"num_frames={num_frames} and fps={fps} exclude each other; pass one of them")
+        if num_frames is None and fps is None:
+            fps = self.fps
+            num_frames = self.num_frames if fps is None else None
+        if num_frames is not None and num_frames < 1:
+            raise ValueError(f"num_frames={num_frames}: at least 1 frame has to be taken")
+        total = metadata.total_num_frames
+        if not total:
+            raise ValueError("a video without frames cannot be sampled")
+        if fps is not None:
+            max_frames = kwargs.get("max_frames")
+            return self._indices_by_time(metadata, fps, max_frames if max_frames is not None else self.max_frames)
+        short_video = self._check_short_video(kwargs.get("short_video") or self.short_video)
+        if total < num_frames and short_video == "once":
+            return np.arange(total)
+        indices = _middles(total, min(total, num_frames))
+        if total < num_frames and short_video == "stretch":
+            # torch's nearest interpolation: the scale in float32, as in the released code
+            positions = np.arange(num_frames, dtype=np.float32) * np.float32(total / num_frames)
+            indices = indices[np.minimum(positions.astype(np.int64), total - 1)]
+        return indices
+
+    @staticmethod
+    def _indices_by_time(metadata, fps: float, max_frames: int | None) -> np.ndarray:
+        if fps <= 0:
+            raise ValueError(f"fps={fps}: must be above 0")
+        total, times = metadata.total_num_frames, getattr(metadata, "source_timestamps", None)
+        if times is None and not metadata.fps:
+            raise ValueError(
+                f"fps={fps} asks for frames by time, but the video's own frame rate is not known; "
+                'pass video_metadata={"total_num_frames": ..., "fps": ...} or use num_frames'
+            )
+        times = np.asarray(times, dtype=np.float64) if times is not None else np.arange(total) / metadata.fps
+        start, duration = times[0], times[-1] - times[0] + 1 / (metadata.fps or fps)
+        count = max(1, round(duration * fps))
+        step = 1 / fps
+        if max_frames is not None and count > max_frames:
+            count, step = max_frames, duration / max_frames
+        wanted = start + (np.arange(count) + 0.5) * step
+        # The frame on screen at that moment. A tiny bit later, so that rounding does not take the one before.
+        return np.unique(np.clip(np.searchsorted(times, wanted + 1e-6, side="right") - 1, 0, total - 1))
+
+    @staticmethod
+    def _check_short_video(value: str) -> str:
+        if value not in SHORT_VIDEO:
+            raise ValueError(f'short_video="{value}" is not known; choose one of {", ".join(SHORT_VIDEO)}')
+        return value
+
+    # --- from videos to tensors ---
+
+    def preprocess(self, videos, *, progress=None, **kwargs) -> BatchFeature:
+        """
+        Args:
+            videos: one video or a (nested) list of them. A video is a path, a URL, bytes, a file object, a directory
+                of pictures, a list of frames (Pillow, NumPy, torch; any size, also grey or RGBA, whose alpha is dropped),
+                or an array `(T, H, W, C)`, `(T, C, H, W)` or, grey, `(T, H, W)`. A 5D array is a batch.
+                Pixel values are 0 to 255; floats that all lie within 0 to 1 are taken as already rescaled.
+            progress: called as `progress(done, total)` with the frames decoded of the video at work.
+            video_metadata: of each video that is given as frames: its own `fps`, `total_num_frames`, and in
+                `frames_indices` where the frames given come from. A dict or `VideoMetadata`, or a list of them.
+            kwargs: any option of the processor; `num_frames` and `fps` exclude each other.
+        Returns:
+            `BatchFeature` with `pixel_values_videos` float32 `(videos, max_frames, 3, H, W)`, shorter videos filled
+            with zeros at the end; `num_frames` int64 `(videos,)`; and with `return_metadata=True` `video_metadata`,
+            one `FrameMetadata` per video: source indices, source frame rate, `timestamps` in seconds.
+        Raises:
+            VideoDecodeError: a video cannot be read; one line that names it.
+            ValueError: options or arrays that do not fit.
+        """
+        kwargs.pop("load_audio_from_video", None)  # servers set it for every processor; we have no use for sound
+        metadata = kwargs.pop("video_metadata", None)
+        return_tensors = kwargs.pop("return_tensors", None)
+        options = self._options(kwargs)
+        sources = flatten_videos(videos)
+        metadata = _match_metadata(metadata, len(sources))
+        decoded = [self._load(*pair, options, progress) for pair in zip(sources, metadata, strict=True)]
+
+        counts = torch.tensor([len(video.frames) for video in decoded])
+        pixels = self._stack(decoded, int(counts.max()), options)
+        features = BatchFeature({"pixel_values_videos": pixels, "num_frames": counts}, tensor_type=return_tensors)
+        if options["return_metadata"]:
+            features["video_metadata"] = [video.metadata for video in decoded]
+        return features
+
+    def fetch_videos(self, video_url_or_urls, sample_indices_fn=None):
+        """Decode one video or a list of them: `(uint8 (T, 3, H, W), FrameMetadata)`, or a list of each."""
+        if isinstance(video_url_or_urls, (list, tuple)):
+            videos = [self.fetch_videos(video, sample_indices_fn) for video in video_url_or_urls]
+            return list(zip(*videos, strict=True))
+        decoded = decode_video(
+            video_url_or_urls, sample_indices_fn, transform=_channels_first, backend=self.decoding_backend
+        )
+        return torch.stack(decoded.frames), decoded.metadata
+
+    def _options(self, kwargs: dict) -> dict:
+        """What the call says, else what the processor says."""
+        kwargs = _size_as_output(kwargs)
+        validate_typed_dict(self.valid_kwargs, kwargs)
+        options = {name: getattr(self, name, None) for name in self.valid_kwargs.__annotations__}
+        options |= kwargs
+        # `num_frames` and `fps` of the call only: the processor's own are not a choice against the other one
+        options["num_frames"], options["fps"] = kwargs.get("num_frames"), kwargs.get("fps")
+        return self._standardize_kwargs(**options)
+
+    def _load(self, video, metadata: Mapping | None, options: dict, progress) -> DecodedVideo:
+        """-> frames uint8 or float32 `(3, H, W)`, already resized."""
+
+        def choose(metadata):
+            if not options["do_sample_frames"]:
+                limit = options["max_frames"] or MAX_UNSAMPLED_FRAMES
+                if metadata.total_num_frames > limit:
+                    raise ValueError(
+                        f"the video has {metadata.total_num_frames} frames, more than {limit}: without sampling all "
+                        "would be kept; pass num_frames or fps with do_sample_frames=True, or a larger max_frames"
+                    )
+                return np.arange(metadata.total_num_frames)
+            names = ("num_frames", "fps", "max_frames", "short_video")
+            return self.sample_frames(metadata, **{name: options[name] for name in names})
+
+        def resize(frame):
+            return self._resize_frame(_channels_first(frame), options)
+
+        if _is_encoded(video):
+            return decode_video(
+                video, choose, transform=resize, backend=options["decoding_backend"], progress=progress
+            )
+        frames = _as_frame_list(video, options["input_data_format"])
+        described, source = _describe_frames(frames, metadata)
+        positions = choose(described) if options["do_sample_frames"] else range(len(frames))
+        if source.frames_indices is not None:
+            source.frames_indices = [int(source.frames_indices[i]) for i in positions]
+        scale = 255.0 if options["do_rescale"] and _are_unit_floats(frames) else None
+        resized = {i: resize(_to_rgb(frames[i], options["input_data_format"], scale)) for i in set(positions)}
+        return DecodedVideo([resized[i] for i in positions], source)
+
+    def _resize_frame(self, frame: torch.Tensor, options: dict) -> torch.Tensor:
+        """`(3, h, w)` -> `(3, H, W)`."""
+        if options["device"] is not None:
+            frame = frame.to(options["device"])
+        size, resample = options["size"], options["resample"]
+        if not options["do_center_crop"]:
+            fits = frame.shape[-2:] == (size.height, size.width)
+            return self.resize(frame, size, resample) if options["do_resize"] and not fits else frame
+        if options["do_resize"]:
+            height, width = frame.shape[-2:]
+            if options["shortest_edge"] is not None:
+                scale = options["shortest_edge"], min(height, width)
+            elif size.height * width >= size.width * height:
+                scale = size.height, height
+            else:
+                scale = size.width, width
+            # In integers and rounded down, as CLIP's processor does.
+            covering = [max(edge * scale[0] // scale[1], 1) for edge in (height, width)]
+            if covering != [height, width]:
+                frame = self.resize(frame, SizeDict(height=covering[0], width=covering[1]), resample)
+        return self.center_crop(frame, size)
+
+    def _stack(self, decoded: list[DecodedVideo], max_frames: int, options: dict) -> torch.Tensor:
+        """Rescale, normalise and pad: float32 `(videos, max_frames, 3, H, W)`."""
+        shapes = {tuple(frame.shape) for video in decoded for frame in video.frames}
+        if len(shapes) > 1:
+            raise ValueError(
+                f"frames of different sizes, {sorted(shapes)[:3]}, need do_resize=True or do_center_crop=True"
+            )
+        device = decoded[0].frames[0].device
+        pixels = torch.zeros(len(decoded), max_frames, *shapes.pop(), dtype=torch.float32, device=device)
+        for row, video in enumerate(decoded):
+            # in pieces, so that no second float copy of the whole video exists
+            for start in range(0, len(video.frames), 32):
+                frames = torch.stack([frame.to(torch.float32) for frame in video.frames[start : start + 32]])
+                pixels[row, start : start + len(frames)] = self.rescale_and_normalize(
+                    frames,
+                    options["do_rescale"],
+                    options["rescale_factor"],
+                    options["do_normalize"],
+                    options["image_mean"],
+                    options["image_std"],
+                )
+        return pixels
+
+
+def _middles(total: int, count: int) -> np.ndarray:
+    """The middles of `count` equal ranges of frames 0 to `total` - 1 (released code; rounds half to even)."""
+    edges = np.round((total - 1) / count * np.arange(count + 1)).astype(np.int64)
+    return (edges[:-1] + edges[1:]) // 2
+
+
+def _size_as_output(kwargs: dict) -> dict:
+    """Turn CLIP's and DINOv2's way to write sizes into ours, where `size` is what comes out."""
+    kwargs = dict(kwargs)
+    size, crop_size = kwargs.get("size"), kwargs.pop("crop_size", None)
+    if crop_size is not None:
+        crop_size = {"height": crop_size, "width": crop_size} if isinstance(crop_size, int) else dict(crop_size)
+        crop_size = {"height": crop_size["height"], "width": crop_size["width"]}
+    if isinstance(size, Mapping) and size.get("shortest_edge"):
+        edge = size["shortest_edge"]
+        if size.get("longest_edge") or kwargs.get("do_center_crop") is False:
+            raise ValueError(
+                f'size={dict(size)} gives frames of different shapes; use {{"height": ..., "width": ...}}'
+            )
+        kwargs["size"] = crop_size or {"height": edge, "width": edge}
+        covers = kwargs["size"]["height"] == kwargs["size"]["width"] == edge
+        kwargs.update(do_center_crop=True, shortest_edge=None if covers else edge)
+    elif crop_size is not None:
+        kwargs["size"] = size or crop_size
+        if isinstance(size, Mapping) and {k: v for k, v in dict(size).items() if v} != crop_size:
+            raise ValueError(
+                f"crop_size={crop_size} differs from size={dict(size)}; size is what comes out, leave crop_size"
+            )
+    return kwargs
+
+
+# --- the many forms of a video ---
+
+
+def flatten_videos(videos) -> list:
+    """
+    The videos of a (nested) list, in order.
+
+    A list of frames (pictures or arrays of 2 or 3 axes) is one video; a list of strings is a list of videos, but at
+    the third level, where chat templates put them, it is one video given as paths of its frames.
+    """
+    if _is_array(videos) and videos.ndim == 5:
+        return list(videos)
+    if not isinstance(videos, (list, tuple)):
+        return [videos]
+    if not videos:
+        raise ValueError("an empty list of videos was given")
+    flat = []
+    if all(_is_frame(video) for video in videos):
+        return [videos]
+    for video in videos:
+        nested = isinstance(video, (list, tuple)) and bool(video)
+        if nested and all(isinstance(part, (list, tuple)) and part and isinstance(part[0], str) for part in video):
+            flat.extend(video)
+        else:
+            flat.extend(flatten_videos(video))
+    return flat
+
+
+def _is_array(value) -> bool:
+    return isinstance(value, (np.ndarray, torch.Tensor))
+
+
+def _is_frame(value) -> bool:
+    return isinstance(value, Image.Image) or (_is_array(value) and value.ndim in (2, 3))
+
+
+def _is_encoded(video) -> bool:
+    return not isinstance(video, (list, tuple, Image.Image)) and not _is_array(video)
+
+
+def _as_frame_list(video, data_format=None) -> list:
+    """The frames of a video that is given as frames."""
+    if isinstance(video, (list, tuple)):
+        frames = [read_picture(frame) if isinstance(frame, str) else frame for frame in video]
+        if not frames or not all(_is_frame(frame) for frame in frames):
+            raise ValueError("a video given as a list needs pictures or arrays of 2 or 3 axes, at least one")
+        return frames
+    if isinstance(video, Image.Image):
+        return [video]
+    if video.ndim == 2 or (video.ndim == 3 and (data_format or _channel_axis(video) is not None)):
+        return [video]
+    if video.ndim not in (3, 4) or 0 in video.shape:
+        raise ValueError(f"a video of shape {tuple(video.shape)} is not (T, H, W, C), (T, C, H, W) or (T, H, W)")
+    return list(video)
+
+
+def _channel_axis(frame) -> int | None:
+    """0 or -1: where 1, 3 or 4 channels stand. Last wins, as in transformers' loaders."""
+    for axis in (-1, 0):
+        if frame.shape[axis] in (1, 3, 4):
+            return axis
+    return None
+
+
+def _are_unit_floats(frames: list) -> bool:
+    """Whether all frames are floats within 0 to 1."""
+    if not all(_is_array(frame) for frame in frames):
+        return False
+    kinds = (torch.as_tensor(frame) for frame in frames)
+    return all(t.is_floating_point() and bool(t.min() >= 0) and bool(t.max() <= 1) for t in kinds)
+
+
+def _to_rgb(frame, data_format=None, scale: float | None = None) -> torch.Tensor:
+    """A frame as `(3, H, W)`, uint8 or float32; alpha is dropped, grey repeated."""
+    if isinstance(frame, Image.Image):
+        return _channels_first(picture_to_rgb(frame))
+    if isinstance(frame, np.ndarray) and frame.dtype == np.uint16:
+        frame = (frame >> 8).astype(np.uint8)
+    frame = torch.as_tensor(np.ascontiguousarray(frame) if isinstance(frame, np.ndarray) else frame)
+    if frame.ndim == 2:
+        frame = frame[None]
+    else:
+        axis = {"channels_first": 0, "channels_last": -1}.get(str(getattr(data_format, "value", data_format)))
+        axis = _channel_axis(frame) if axis is None else axis
+        if axis is None:
+            raise ValueError(f"a frame of shape {tuple(frame.shape)} has no axis of 1, 3 or 4 channels")
+        frame = frame.movedim(axis, 0)
+    frame = frame.expand(3, -1, -1) if frame.shape[0] == 1 else frame[:3]
+    if frame.dtype == torch.bool:
+        return frame.to(torch.uint8) * 255
+    if frame.is_floating_point():
+        return frame.to(torch.float32) * scale if scale else frame.to(torch.float32)
+    if frame.dtype != torch.uint8 and not 0 <= int(frame.min()) <= int(frame.max()) <= 255:
+        raise ValueError(f"pixel values from {int(frame.min())} to {int(frame.max())} are outside 0 to 255")
+    return frame.to(torch.uint8)
+
+
+def _channels_first(frame) -> torch.Tensor:
+    """`(H, W, 3)` or already `(3, H, W)` -> `(3, H, W)`, contiguous."""
+    if isinstance(frame, torch.Tensor):
+        return frame
+    return torch.from_numpy(frame).permute(2, 0, 1).contiguous()
+
+
+# --- metadata of videos that are given as frames ---
+
+
+def _match_metadata(metadata, videos: int) -> list:
+    """One entry per video."""
+    if metadata is None:
+        return [None] * videos
+    flat = [metadata] if isinstance(metadata, Mapping) else list(metadata)
+    while flat and isinstance(flat[0], (list, tuple)):
+        flat = [entry for entries in flat for entry in entries]
+    if len(flat) != videos:
+        raise ValueError(f"{videos} videos but {len(flat)} entries of video_metadata were given; pass one per video")
+    return flat
+
+
+def _describe_frames(frames: list, metadata: Mapping | None) -> tuple[FrameMetadata, FrameMetadata]:
+    """-> metadata of the frames given, as if they were a whole video; and of the source that they come from.
+
+    The source's `frames_indices` are those of the frames given, or `None` if nobody says.
+    """
+    known = {key: metadata[key] for key in METADATA_FIELDS if key in metadata} if metadata is not None else {}
+    height, width = _to_rgb(frames[0]).shape[1:]
+    defaults = {"total_num_frames": len(frames), "height": height, "width": width}
+    source = FrameMetadata(**defaults | {key: value for key, value in known.items() if value is not None})
+    source.source_timestamps = getattr(metadata, "source_timestamps", None)
+    if source.frames_indices is None and source.total_num_frames == len(frames):
+        source.frames_indices = range(len(frames))
+    if source.frames_indices is not None and len(source.frames_indices) != len(frames):
+        raise ValueError(f"frames_indices names {len(source.frames_indices)} frames, but {len(frames)} were given")
+    given = FrameMetadata(len(frames), fps=source.fps)
+    if source.timestamps is not None:
+        given.source_timestamps = np.array(source.timestamps)
+    return given, source
+
+
+LongVLMVideoProcessor.register_for_auto_class("AutoVideoProcessor")

@@ -1,0 +1,221 @@
+"""Where a video comes from: a path, a URL, bytes, an open file or a directory of frames.
+
+Each becomes a `VideoSource`, which names the video in errors and can be opened again, so that several
+readers may work on one video. Nothing here decodes video; pictures in a directory are read with Pillow.
+What cannot be opened ends in one `VideoDecodeError` line that names the video and the reason.
+"""
+
+import io
+import os
+import re
+import tempfile
+from functools import cached_property
+from urllib.parse import urlsplit
+from urllib.request import url2pathname, urlopen
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+CONNECT_TIMEOUT, READ_TIMEOUT = 10.0, 60.0  # seconds
+
+
+class VideoDecodeError(ValueError):
+    """A video cannot be read. The message is one line: the video's name, then the reason."""
+
+
+class VideoDecodeWarning(UserWarning):
+    """A part of a video cannot be read; the message says how much."""
+
+
+class VideoSource:
+    """A video that may be opened any number of times.
+
+    Args:
+        name: what to call the video in messages (a path, a URL, "<1234 bytes>").
+        path: a file or a directory on disk, or
+        data: the whole file as bytes, or
+        file: a seekable binary file object; it has one position, so it serves one reader at a time.
+        temporary: delete the file at `path` on `close()`.
+    """
+
+    def __init__(self, name, *, path=None, data=None, file=None, temporary=False):
+        self.name, self.path, self.data, self.file, self.temporary = name, path, data, file, temporary
+
+    @property
+    def is_directory(self) -> bool:
+        return self.path is not None and os.path.isdir(self.path)
+
+    @property
+    def is_picture(self) -> bool:
+        return self.path is not None and self.path.lower().endswith(IMAGE_SUFFIXES)
+
+    @property
+    def can_open_twice(self) -> bool:
+        return self.file is None
+
+    @cached_property
+    def size(self) -> int:
+        """Length in bytes; taken before a decoder moves through `file`."""
+        if self.path is not None:
+            return os.path.getsize(self.path)
+        return len(self.data) if self.data is not None else self.file.seek(0, io.SEEK_END)
+
+    def open(self):
+        """What a decoder takes: a path or a binary file object that stands at its start."""
+        if self.path is not None:
+            return self.path
+        if self.data is not None:
+            return io.BytesIO(self.data)
+        self.file.seek(0)
+        return _Borrowed(self.file)
+
+    def close(self) -> None:
+        if self.temporary:
+            os.unlink(self.path)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.close()
+
+
+class _Borrowed:
+    """The caller's file object without its `close`: decoders close what they are given."""
+
+    def __init__(self, file):
+        self.read, self.seek, self.tell = file.read, file.seek, file.tell
+
+
+def open_source(video) -> VideoSource:
+    """Find the video.
+
+    Args:
+        video: a path (`str`, `os.PathLike`) of a file or a directory of pictures; a URL (http, https, file,
+            data); the file's bytes; or a binary file object.
+    Raises:
+        VideoDecodeError: no such file, empty, unreachable, or not one of these types.
+    """
+    if isinstance(video, (bytes, bytearray, memoryview)):
+        source = VideoSource(f"<{len(video)} bytes>", data=bytes(video))
+    elif hasattr(video, "read"):
+        source = _from_file_object(video)
+    elif isinstance(video, (str, os.PathLike)):
+        path = os.fspath(video)
+        source = _from_url(path) if isinstance(path, str) and "://" in path[:16] else _from_path(path)
+    else:
+        raise VideoDecodeError(
+            f"{_short(repr(video))}: a video is a path, a URL, bytes, a binary file object or a list of frames, "
+            f"not {type(video).__name__}"
+        )
+    if not source.is_directory and source.size == 0:
+        source.close()
+        raise VideoDecodeError(f"{source.name}: the file is empty")
+    return source
+
+
+def _from_path(path) -> VideoSource:
+    path = os.fsdecode(path)
+    if path.startswith("data:"):
+        return _from_url(path)
+    if not os.path.exists(path):
+        raise VideoDecodeError(f"{_short(path)}: no such file or directory")
+    if not os.access(path, os.R_OK):
+        raise VideoDecodeError(f"{path}: permission denied")
+    # Absolute, so that FFmpeg does not take a colon in the name for a protocol.
+    return VideoSource(path, path=os.path.abspath(path))
+
+
+def _from_file_object(file) -> VideoSource:
+    name = _short(str(getattr(file, "name", f"<{type(file).__name__}>")))
+    try:
+        seekable = file.seekable() if hasattr(file, "seekable") else hasattr(file, "seek")
+        if seekable:
+            file.seek(0)
+        data = file.read(0) if seekable else file.read()
+    except (OSError, ValueError, TypeError) as error:
+        raise VideoDecodeError(f"{name}: the file object cannot be read ({error})") from None
+    if not isinstance(data, bytes):
+        raise VideoDecodeError(f'{name}: the file object gives text; open the file with mode "rb"')
+    return VideoSource(name, file=file) if seekable else VideoSource(name, data=data)
+
+
+def _from_url(url: str) -> VideoSource:
+    name = _short(url)
+    parts = urlsplit(url)
+    if parts.scheme == "file":
+        return _from_path(url2pathname(parts.path))
+    if parts.scheme == "data":
+        try:
+            with urlopen(url) as response:
+                return VideoSource(name, data=response.read())
+        except (ValueError, OSError) as error:
+            raise VideoDecodeError(f"{name}: not a valid data URL ({error})") from None
+    if parts.scheme not in ("http", "https"):
+        raise VideoDecodeError(f'{name}: URLs of scheme "{parts.scheme}" are not supported; use http, https or file')
+    return _download(url, name, os.path.splitext(parts.path)[1])
+
+
+def _download(url: str, name: str, suffix: str) -> VideoSource:
+    """Save to a temporary file: seeking in it is cheap, and a long video never stands in memory."""
+    try:
+        from huggingface_hub.utils import httpx  # the client that transformers itself uses
+    except ImportError:
+        import httpx
+    file = tempfile.NamedTemporaryFile(suffix=suffix[:8], delete=False)
+    source = VideoSource(name, path=file.name, temporary=True)
+    try:
+        timeout = httpx.Timeout(READ_TIMEOUT, connect=CONNECT_TIMEOUT)
+        with file, httpx.stream("GET", url, follow_redirects=True, timeout=timeout) as response:
+            response.raise_for_status()
+            for block in response.iter_bytes():
+                file.write(block)
+    except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
+        source.close()
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        reason = f"the server answered {status}" if status else _one_line(error)
+        raise VideoDecodeError(f"{name}: cannot be downloaded ({reason})") from None
+    except BaseException:
+        source.close()
+        raise
+    return source
+
+
+def list_frame_files(source: VideoSource) -> list[str]:
+    """The pictures of a directory in natural order (frame_2 before frame_10)."""
+    names = [name for name in os.listdir(source.path) if name.lower().endswith(IMAGE_SUFFIXES) and name[0] != "."]
+    if not names:
+        raise VideoDecodeError(
+            f"{source.name}: the directory holds no frames (picture files such as {', '.join(IMAGE_SUFFIXES[:3])})"
+        )
+    # Split at numbers: every second part is one.
+    names.sort(key=lambda name: [int(p) if i % 2 else p for i, p in enumerate(re.split("([0-9]+)", name))])
+    return [os.path.join(source.path, name) for name in names]
+
+
+def read_picture(path: str, name: str | None = None) -> np.ndarray:
+    """A picture file as RGB uint8 `(H, W, 3)`, turned upright by its EXIF tag; alpha is dropped."""
+    try:
+        with Image.open(path) as image:
+            return picture_to_rgb(ImageOps.exif_transpose(image))
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+        reason = "not a picture file" if isinstance(error, UnidentifiedImageError) else _one_line(error)
+        raise VideoDecodeError(f"{name or path}: {reason}") from None
+
+
+def picture_to_rgb(image: Image.Image) -> np.ndarray:
+    """A Pillow image of any mode as RGB uint8 `(H, W, 3)`; alpha is dropped, as video decoders do."""
+    if image.mode.startswith("I;16"):  # convert("RGB") would clip 16-bit grey at 255
+        grey = (np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8)
+        return np.repeat(grey[:, :, None], 3, axis=2)
+    return np.array(image.convert("RGB"))
+
+
+def _short(name: str, limit: int = 200) -> str:
+    name = " ".join(name.split())
+    return name if len(name) <= limit else name[: limit - 3] + "..."
+
+
+def _one_line(error: BaseException) -> str:
+    return _short(str(error) or type(error).__name__)

@@ -1,0 +1,537 @@
+"""LongVLM: segments -> local tokens, averaged [CLS] tokens -> global tokens, projector, LLM (paper, section 3).
+
+`LongVLMModel.get_video_features` is the method; the rest is what every vision-language model of transformers has.
+Unusual: the vision tower sees a bounded number of frames at a time and a video is never held as patches, only as the
+M tokens of each finished segment and the running sums of the global tokens. So memory does not grow with a video's
+length, and the features of one video do not depend on its neighbours in the batch.
+
+The key/value cache is not named here: transformers 5.17 calls it `past_key_values`, 5.24 `cache`. `**kwargs` has it.
+Letters as in `configuration_longvlm.py`: T frames, N patches, d width, K, S, M, E.
+"""
+
+import inspect
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel, GenerationMixin, PreTrainedModel
+from transformers.generation import LogitsProcessorList, SuppressTokensLogitsProcessor
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    BaseModelOutputWithPooling,
+    CausalLMOutputWithPast,
+)
+from transformers.utils import logging
+from transformers.utils.generic import can_return_tuple
+
+from .configuration_longvlm import LongVLMConfig
+from .token_merging import merge_tokens
+
+if TYPE_CHECKING:
+    # This line makes the pipeline's file travel with a saved checkpoint: transformers copies what is imported here.
+    from .pipeline_longvlm import VideoQuestionAnsweringPipeline  # noqa: F401
+
+logger = logging.get_logger(__name__)
+
+# What a saved folder tells transformers where the package is not installed.
+AUTO_MAP = {
+    "AutoConfig": "configuration_longvlm.LongVLMConfig",
+    "AutoModel": "modeling_longvlm.LongVLMModel",
+    "AutoModelForImageTextToText": "modeling_longvlm.LongVLMForConditionalGeneration",
+    "AutoModelForMultimodalLM": "modeling_longvlm.LongVLMForConditionalGeneration",
+}
+CUSTOM_PIPELINES = {
+    "video-question-answering": {
+        "impl": "pipeline_longvlm.VideoQuestionAnsweringPipeline",
+        "pt": ["AutoModelForImageTextToText"],
+        "type": "multimodal",
+    }
+}
+
+
+@dataclass
+class LongVLMVideoFeatures(BaseModelOutputWithPooling):
+    """
+    What `get_video_features` returns: the features of some videos, to be used for any number of questions.
+
+    Args:
+        last_hidden_state (`Tensor` of shape `(sum of n_i, d)`): all video tokens in the order in which the LLM gets
+            them, before the projector.
+        pooler_output (`tuple` of `Tensor` of shape `(n_i, LLM width)`): the same after the projector, video by video.
+        local_features (`tuple` of `Tensor` of shape `(L_i, d)`): merged tokens of a video's segments, in a row.
+        global_features (`Tensor` of shape `(videos, E, d)`): [CLS] tokens of the last E hidden states, averaged over
+            the video's frames.
+    """
+
+    local_features: tuple[Tensor, ...] | None = None
+    global_features: Tensor | None = None
+
+    def select(self, videos: Iterable[int]) -> "LongVLMVideoFeatures":
+        """The features of the videos with these numbers, in this order; a number may come more than once."""
+        videos = list(videos)
+        return type(self)(
+            pooler_output=self.pooler_output and tuple(self.pooler_output[i] for i in videos),
+            local_features=tuple(self.local_features[i] for i in videos),
+            global_features=self.global_features[videos],
+        )
+
+    @classmethod
+    def cat(cls, features: "Iterable[LongVLMVideoFeatures]") -> "LongVLMVideoFeatures":
+        """The videos of several outputs in one."""
+        features = list(features)
+        return cls(
+            local_features=tuple(local for one in features for local in one.local_features),
+            global_features=torch.cat([one.global_features for one in features]),
+        )
+
+
+@dataclass
+class LongVLMModelOutputWithPast(BaseModelOutputWithPast):
+    """
+    Args:
+        video_features ([`LongVLMVideoFeatures`], *optional*): features of the videos, if there were any.
+    """
+
+    video_features: LongVLMVideoFeatures | None = None
+
+
+@dataclass
+class LongVLMCausalLMOutputWithPast(CausalLMOutputWithPast):
+    """
+    Args:
+        video_features ([`LongVLMVideoFeatures`], *optional*): features of the videos, if there were any.
+    """
+
+    video_features: LongVLMVideoFeatures | None = None
+
+
+class LongVLMMultiModalProjector(nn.Module):
+    """`(..., d)` -> `(..., LLM width)`: one linear layer (the paper), or two with a GELU between (LLaVA-1.5)."""
+
+    def __init__(self, config: LongVLMConfig):
+        super().__init__()
+        width = config.text_config.hidden_size
+        self.linear_1 = nn.Linear(config.vision_config.hidden_size, width)
+        self.linear_2 = nn.Linear(width, width) if config.projector_type == "mlp2x_gelu" else None
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        hidden_states = self.linear_1(hidden_states.to(self.linear_1.weight.dtype))
+        return hidden_states if self.linear_2 is None else self.linear_2(nn.functional.gelu(hidden_states))
+
+
+class LongVLMPreTrainedModel(PreTrainedModel):
+    config_class = LongVLMConfig
+    base_model_prefix = "model"
+    input_modalities = ("video", "text")
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _skip_keys_device_placement = ["past_key_values", "cache", "video_features"]  # noqa: RUF012
+
+    def save_pretrained(self, save_directory, **kwargs):
+        """As in transformers; the configuration also names the code and the pipeline that come with the weights."""
+        had = {name: getattr(self.config, name, None) for name in ("auto_map", "custom_pipelines")}
+        self.config.auto_map = dict(AUTO_MAP)
+        self.config.custom_pipelines = CUSTOM_PIPELINES
+        try:
+            super().save_pretrained(save_directory, **kwargs)
+        finally:
+            for name, value in had.items():
+                delattr(self.config, name) if value is None else setattr(self.config, name, value)
+
+    def get_video_features(
+        self, pixel_values_videos: Tensor, num_frames: Tensor | list[int] | None = None, **kwargs
+    ) -> tuple | LongVLMVideoFeatures:
+        """Encodes videos; see [`LongVLMModel.get_video_features`]."""
+        return self.base_model.get_video_features(pixel_values_videos, num_frames=num_frames, **kwargs)
+
+
+class LongVLMModel(LongVLMPreTrainedModel):
+    """Vision tower, token merging, projector and LLM, without a language modelling head.
+
+    Args:
+        config ([`LongVLMConfig`]): the configuration.
+    """
+
+    def __init__(self, config: LongVLMConfig):
+        super().__init__(config)
+        config.validate_method()
+        self.vision_tower = AutoModel.from_config(config.vision_config)
+        self.multi_modal_projector = LongVLMMultiModalProjector(config)
+        self.language_model = AutoModel.from_config(config.text_config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    @can_return_tuple
+    def get_video_features(
+        self, pixel_values_videos: Tensor, num_frames: Tensor | list[int] | None = None, **kwargs
+    ) -> tuple | LongVLMVideoFeatures:
+        """
+        Encodes videos: the method of the paper, from pixels to what the LLM gets.
+
+        Args:
+            pixel_values_videos (`Tensor` of shape `(videos, max_frames, 3, H, W)`): normalised frames, on any device.
+            num_frames (`Tensor` of shape `(videos,)` or list, *optional*): frames that each video really has; those
+                beyond are padding and change nothing. Default: all.
+
+        Returns:
+            [`LongVLMVideoFeatures`], with `n_i = config.num_video_tokens(num_frames[i])` tokens for video i.
+
+        Raises:
+            ValueError: if the shapes or numbers of frames are impossible.
+        """
+        if pixel_values_videos.ndim != 5:
+            raise ValueError(
+                "pixel_values_videos must be (videos, frames, channels, height, width), got shape "
+                f"{tuple(pixel_values_videos.shape)}."
+            )
+        videos, max_frames = pixel_values_videos.shape[:2]
+        num_frames = [max_frames] * videos if num_frames is None else torch.as_tensor(num_frames).tolist()
+        if len(num_frames) != videos or not all(1 <= n <= max_frames for n in num_frames):
+            raise ValueError(
+                f"num_frames must hold a number from 1 to {max_frames} for each of {videos} videos, got {num_frames}."
+            )
+        encoded = [self._encode_video(video[:n]) for video, n in zip(pixel_values_videos, num_frames, strict=True)]
+        local_features, global_features = zip(*encoded, strict=True)
+        return self._project(
+            LongVLMVideoFeatures(local_features=local_features, global_features=torch.stack(global_features))
+        )
+
+    def _encode_video(self, frames: Tensor) -> tuple[Tensor, Tensor]:
+        """`(T, 3, H, W)` -> local features `(L, d)` and global features `(E, d)` of one video."""
+        k = self.config.frames_per_segment
+        merged: list[Tensor] = []
+        waiting: list[Tensor] = []  # patches of frames whose segment is not complete yet, (frames, N, d)
+        global_sum = 0
+        for chunk in frames.split(self.config.vision_chunk_frames):
+            patches, class_tokens = self._encode_frames(chunk)  # (c, N, d), (E, c, d)
+            # In float32: a sum over thousands of frames would lose its small terms in half precision.
+            global_sum = global_sum + class_tokens.float().sum(1)  # (E, d)
+            waiting.append(patches)
+            if sum(map(len, waiting)) >= k:
+                patches = torch.cat(waiting)
+                complete = len(patches) // k * k
+                merged.append(self._merge(patches[:complete].unflatten(0, (-1, k))))
+                # A copy: a view would keep the whole chunk alive.
+                waiting = [patches[complete:].clone()] if complete < len(patches) else []
+        if waiting:
+            merged.append(self._merge(torch.cat(waiting)[None]))  # the last segment may be short
+        return torch.cat(merged), (global_sum / len(frames)).to(patches.dtype)
+
+    def _encode_frames(self, frames: Tensor) -> tuple[Tensor, Tensor]:
+        """`(c, 3, H, W)` -> patch tokens `(c, N, d)` of the feature layer, and [CLS] tokens `(E, c, d)`."""
+        tower, config = self.vision_tower, self.config
+        kwargs = {}
+        if "interpolate_pos_encoding" in inspect.signature(tower.forward).parameters:
+            # Else CLIP and its kin refuse frames of another size than they were trained on.
+            kwargs["interpolate_pos_encoding"] = config.image_size is not None
+        pixels = frames.to(tower.device, tower.dtype)
+        hidden_states = tower(pixels, output_hidden_states=True, return_dict=True, **kwargs).hidden_states
+        n, e = config.patches_per_frame, config.num_global_layers
+        tokens = hidden_states[-1].shape[1]
+        if tokens < n:
+            raise ValueError(
+                f"A frame of {frames.shape[-2]} x {frames.shape[-1]} pixels gave {tokens} patch tokens, the "
+                f"configuration counts on {n} ({config.frame_size[0]} x {config.frame_size[1]} pixels)."
+            )
+        # [CLS] stands first and register tokens (DINOv2) follow it; patches come last. An encoder without [CLS]
+        # (SigLIP) has only patches: their mean stands for the frame.
+        patches = hidden_states[config.vision_feature_layer][:, -n:]  # (c, N, d)
+        frame_tokens = [h[:, 0] if tokens > n else h.mean(1) for h in hidden_states[len(hidden_states) - e :]]
+        class_tokens = torch.stack(frame_tokens) if e else patches.new_zeros(0, *patches.shape[::2])  # (E, c, d)
+        return patches, class_tokens
+
+    def _merge(self, segments: Tensor) -> Tensor:
+        """`(S, K, N, d)` -> `(S * M, d)`, segment after segment."""
+        config = self.config
+        patches = segments.flatten(1, 2)  # (S, K*N, d)
+        merged = merge_tokens(
+            patches,
+            num_tokens=min(config.tokens_per_segment, patches.shape[1]),
+            schedule=config.merge_schedule,
+            num_heads=config.merge_num_heads,
+            similarity=config.merge_similarity,
+            order=config.merge_order,
+            tokens_per_frame=segments.shape[2],
+        )  # (S, M, d)
+        return merged.flatten(0, 1)
+
+    def _project(self, features: Mapping) -> LongVLMVideoFeatures:
+        """Places the global tokens and projects. The projector is applied anew at each use, so it can be trained."""
+        weight = self.multi_modal_projector.linear_1.weight
+        local_features = tuple(local.to(weight.device) for local in features["local_features"])
+        global_features = features["global_features"].to(weight.device)
+        tokens = []
+        for local, global_ in zip(local_features, global_features, strict=True):
+            global_ = global_.to(local.dtype)
+            placed = {"prefix": [global_, local], "suffix": [local, global_], "none": [local]}
+            tokens.append(torch.cat(placed[self.config.global_placement]))  # (n_i, d)
+        together = torch.cat(tokens)  # (sum of n_i, d)
+        projected = self.multi_modal_projector(together).split([len(t) for t in tokens])
+        return LongVLMVideoFeatures(
+            last_hidden_state=together,
+            pooler_output=projected,
+            local_features=local_features,
+            global_features=global_features,
+        )
+
+    def get_placeholder_mask(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        """`(batch, length)` bool: the places of video tokens; of embeddings alone, those equal to `<vid_patch>`'s."""
+        if input_ids is not None:
+            return input_ids == self.config.video_token_id
+        token = torch.tensor(self.config.video_token_id, device=inputs_embeds.device)
+        return (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values_videos: Tensor | None = None,
+        num_frames: Tensor | None = None,
+        video_features: LongVLMVideoFeatures | Mapping | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs,
+    ) -> tuple | LongVLMModelOutputWithPast:
+        """
+        Args:
+            input_ids (`Tensor` of shape `(batch, length)`): each video stands as `<vid_start>`, n times `<vid_patch>`,
+                `<vid_end>`. Videos fill the places in order, prompt after prompt.
+            pixel_values_videos (`Tensor` of shape `(videos, max_frames, 3, H, W)`): frames, normalised.
+            num_frames (`Tensor` of shape `(videos,)`, *optional*): frames that each video really has.
+            video_features ([`LongVLMVideoFeatures`] or a mapping with its `local_features` and `global_features`):
+                what `get_video_features` returned, instead of pixels.
+            attention_mask, position_ids, inputs_embeds, **kwargs: as in the LLM.
+
+        Raises:
+            ValueError: if the places do not fit the videos; the message names both numbers.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give exactly one of input_ids and inputs_embeds.")
+        if pixel_values_videos is not None and video_features is not None:
+            raise ValueError("Give pixel_values_videos or video_features, not both: the features replace the pixels.")
+        if pixel_values_videos is not None:
+            video_features = self.get_video_features(pixel_values_videos, num_frames=num_frames, return_dict=True)
+        elif video_features is not None:
+            video_features = self._project(video_features)
+
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        if video_features is not None:
+            places = self.get_placeholder_mask(input_ids, inputs_embeds)
+            videos_per_prompt(places, [len(tokens) for tokens in video_features.pooler_output])
+            tokens = torch.cat(video_features.pooler_output).to(inputs_embeds.device, inputs_embeds.dtype)
+            inputs_embeds = inputs_embeds.masked_scatter(places[..., None], tokens)
+        elif kwargs.get("past_key_values") is None and kwargs.get("cache") is None:
+            # With a cache this may be any later step, and a video that was given with the first.
+            videos_per_prompt(self.get_placeholder_mask(input_ids, inputs_embeds), [])
+
+        outputs = self.language_model(
+            attention_mask=attention_mask, position_ids=position_ids, inputs_embeds=inputs_embeds, **kwargs
+        )
+        return _output(LongVLMModelOutputWithPast, outputs, video_features=video_features)
+
+
+class LongVLMForConditionalGeneration(LongVLMPreTrainedModel, GenerationMixin):
+    """LongVLM with a language modelling head: answers questions about videos.
+
+    Args:
+        config ([`LongVLMConfig`]): the configuration.
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}  # noqa: RUF012
+    _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
+
+    def __init__(self, config: LongVLMConfig):
+        super().__init__(config)
+        self.model = LongVLMModel(config)
+        text = config.text_config
+        self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=config.lm_head_bias)
+        # Not every LLM calls its embeddings `embed_tokens` (GPT-2: `wte`).
+        embeddings = self.get_input_embeddings()
+        name = next(name for name, module in self.model.named_modules() if module is embeddings)
+        self._tied_weights_keys = {"lm_head.weight": f"model.{name}.weight"}
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.lm_head = value
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values_videos: Tensor | None = None,
+        num_frames: Tensor | None = None,
+        video_features: LongVLMVideoFeatures | Mapping | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs,
+    ) -> tuple | LongVLMCausalLMOutputWithPast:
+        """
+        Args:
+            labels (`Tensor` of shape `(batch, length)`, *optional*): token ids to be predicted, -100 where there is no
+                loss; shifted inside.
+            logits_to_keep (`int` or `Tensor`, defaults to 0): positions whose logits are computed; 0 is all.
+
+        The other arguments are those of [`LongVLMModel.forward`].
+
+        Example:
+
+        ```python
+        >>> inputs = processor(text="USER: <video>\\nWhat happens? ASSISTANT:", videos="film.mp4", return_tensors="pt")
+        >>> answer = model.generate(**inputs, max_new_tokens=64)[:, inputs["input_ids"].shape[1]:]
+        >>> processor.batch_decode(answer, skip_special_tokens=True)
+        ```
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            pixel_values_videos=pixel_values_videos,
+            num_frames=num_frames,
+            video_features=video_features,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            return_dict=True,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self._logits(outputs.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            vocab_size = self.config.text_config.vocab_size
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
+        return _output(LongVLMCausalLMOutputWithPast, outputs, loss=loss, logits=logits)
+
+    def _logits(self, hidden_states: Tensor) -> Tensor:
+        """`(..., LLM width)` -> `(..., vocabulary)`, with what some LLMs do after their output layer."""
+        text = self.config.text_config
+        logits = self.lm_head(hidden_states)
+        if getattr(text, "logit_scale", None) is not None:  # Cohere
+            logits = logits * text.logit_scale
+        if getattr(text, "logits_scaling", None) is not None:  # Granite
+            logits = logits / text.logits_scaling
+        if getattr(text, "final_logit_softcapping", None) is not None:  # Gemma 2
+            logits = torch.tanh(logits / text.final_logit_softcapping) * text.final_logit_softcapping
+        return logits
+
+    @torch.no_grad()
+    def generate(self, inputs: Tensor | None = None, generation_config=None, **kwargs):
+        """As in transformers. Videos are encoded once, whatever the number of beams or returned sequences, and the
+        answer never holds one of the three video tokens.
+
+        Raises:
+            ValueError: if the places for video tokens do not fit the videos.
+        """
+        pixel_values_videos = kwargs.pop("pixel_values_videos", None)
+        num_frames = kwargs.pop("num_frames", None)
+        if pixel_values_videos is not None:
+            if kwargs.get("video_features") is not None:
+                raise ValueError(
+                    "Give pixel_values_videos or video_features, not both: the features replace the pixels."
+                )
+            kwargs["video_features"] = self.get_video_features(pixel_values_videos, num_frames=num_frames)
+        input_ids = kwargs.get("input_ids", inputs)
+        if input_ids is not None and kwargs.get("video_features") is None:
+            videos_per_prompt(self.model.get_placeholder_mask(input_ids, None), [])
+
+        config = self.config
+        never = [config.video_token_id, config.video_start_token_id, config.video_end_token_id]
+        processors = LogitsProcessorList(kwargs.pop("logits_processor", None) or [])
+        processors.append(SuppressTokensLogitsProcessor(never, device=self.lm_head.weight.device))
+        return super().generate(inputs, generation_config, logits_processor=processors, **kwargs)
+
+    def prepare_inputs_for_generation(self, input_ids, is_first_iteration=False, **kwargs):
+        model_inputs = super().prepare_inputs_for_generation(
+            input_ids, is_first_iteration=is_first_iteration, **kwargs
+        )
+        if not is_first_iteration and kwargs.get("use_cache", True):
+            # The cache holds the video from the first step on.
+            for name in ("pixel_values_videos", "num_frames", "video_features"):
+                model_inputs.pop(name, None)
+        return model_inputs
+
+    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
+        """Repeats each prompt's videos with the prompt, for beams and several returned sequences."""
+        features = model_kwargs.pop("video_features", None)
+        if features is not None and expand_size > 1:
+            places = self.model.get_placeholder_mask(input_ids, model_kwargs.get("inputs_embeds"))
+            features = LongVLMVideoFeatures(**features) if not hasattr(features, "select") else features
+            first, repeated = 0, []
+            for videos in videos_per_prompt(places, self._token_counts(features)):
+                repeated += list(range(first, first + videos)) * expand_size
+                first += videos
+            features = features.select(repeated)
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
+        )
+        if features is not None:
+            model_kwargs["video_features"] = features
+        return input_ids, model_kwargs
+
+    def _token_counts(self, features: Mapping) -> list[int]:
+        return [len(local) + self.config.num_global_tokens for local in features["local_features"]]
+
+
+def videos_per_prompt(places: Tensor, token_counts: list[int]) -> list[int]:
+    """How many of the videos stand in each prompt.
+
+    Args:
+        places: `(batch, length)` bool, where video tokens go.
+        token_counts: tokens of each video, in order.
+
+    Raises:
+        ValueError: if the videos do not fill the places exactly, prompt by prompt.
+    """
+    numbers, video = [], 0
+    for prompt, wanted in enumerate(places.sum(1).tolist()):
+        first, filled = video, 0
+        while filled < wanted and video < len(token_counts):
+            filled += token_counts[video]
+            video += 1
+        if filled != wanted:
+            counts = " + ".join(map(str, token_counts[first:video])) or "no video"
+            raise ValueError(
+                f"Prompt {prompt} has {wanted} places for video tokens, but its videos give {counts}. Let the "
+                "processor make the prompt for these videos, with this model's frames and tokens per segment."
+            )
+        numbers.append(video - first)
+    if video < len(token_counts):
+        raise ValueError(
+            f"{len(token_counts)} videos were given, but the prompts have places for {video} of them: put <video> "
+            "into the text once for each video."
+        )
+    return numbers
+
+
+def _output(kind: type, outputs: Mapping, **more):
+    """`outputs` of the inner model as another kind of output, whatever the cache is called in this version."""
+    fields = {name: value for name, value in outputs.items() if name in kind.__dataclass_fields__}
+    fields.pop("last_hidden_state", None) if "logits" in more else None
+    return kind(**{**fields, **more})
+
+
+__all__ = ["LongVLMForConditionalGeneration", "LongVLMModel", "LongVLMPreTrainedModel", "LongVLMVideoFeatures"]

@@ -1,0 +1,44 @@
+"""Writes a checkpoint folder whole or not at all: beside its place first, then renamed."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def check_free(out: str | Path, *, overwrite: bool = False) -> Path:
+    """`out` as a path, if something may be written there.
+
+    Raises:
+        ValueError: it is a file, or a folder with something in it and not `overwrite`.
+    """
+    out = Path(out)
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file; give a folder to write to")
+    if out.is_dir() and any(out.iterdir()) and not overwrite:
+        raise ValueError(f"{out} is not empty; give another folder, or overwrite it with --overwrite (overwrite=True)")
+    return out
+
+
+@contextmanager
+def output_folder(out: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Gives a folder to fill; at the end it takes the place of `out`. After an error nothing has changed."""
+    out = check_free(out, overwrite=overwrite).absolute()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.parent / f".{out.name}.partial-{os.getpid()}"
+    previous = out.parent / f".{out.name}.previous-{os.getpid()}"
+    partial.mkdir()
+    try:
+        yield partial
+        if out.exists():
+            out.rename(previous)
+        try:
+            partial.rename(out)
+        except OSError:
+            if previous.exists():
+                previous.rename(out)
+            raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(previous, ignore_errors=True)

@@ -88,6 +88,7 @@ class VideoQuestionAnsweringPipeline(Pipeline):
             inputs = _pair_up(video, question)
         elif video is not None or question is not None:
             raise ValueError("Give inputs, or video= and question=, not both.")
+        self._decoded.clear()  # of a call that failed
         return super().__call__(inputs, **kwargs)
 
     def _sanitize_parameters(
@@ -189,6 +190,7 @@ class VideoQuestionAnsweringPipeline(Pipeline):
             finally:
                 if hook is not None:
                     hook.remove()
+            features = type(features).cat([features])  # what a question needs, and no more
             self.video_cache.put(video.key, features)
         self._decoded.pop(video.key, None)
         return features

@@ -1,0 +1,179 @@
+"""What `longvlm ask` does: one video, any number of questions, answers as they come.
+
+Built on `pipeline("video-question-answering")`, which decodes and encodes the video once for all questions.
+"""
+
+import json
+import random
+import time
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from transformers import AutoConfig, LogitsProcessor, LogitsProcessorList, TextStreamer, pipeline
+from transformers.utils import logging
+
+from longvlm.registration import TASK
+
+# Answers that repeat one token this often come from a broken model, not from a video.
+REPEATS = 16
+
+
+def load_pipeline(model: str, *, dtype: str = "auto", device: str | None = None):
+    """The pipeline of a checkpoint folder or Hub id.
+
+    Raises:
+        ValueError: the folder does not exist, or holds another kind of model.
+    """
+    looks_like_path = model.startswith((".", "/", "~")) or model.count("/") > 1
+    if looks_like_path and not Path(model).expanduser().is_dir():
+        raise ValueError(f"there is no model folder {model}; make one with `longvlm assemble`")
+    model = str(Path(model).expanduser()) if looks_like_path else model
+    model_type = AutoConfig.from_pretrained(model).model_type
+    if model_type != "longvlm":
+        raise ValueError(f"{model} is a {model_type} model, not a LongVLM; make one of it with `longvlm assemble`")
+    return pipeline(TASK, model=model, dtype=dtype, device=device)
+
+
+def ask(
+    video: str,
+    questions: Iterable[str],
+    model: str,
+    *,
+    dtype: str = "auto",
+    device: str | None = None,
+    video_options: dict[str, Any] | None = None,
+    generation: dict[str, Any] | None = None,
+    seed: int = 0,
+    as_json: bool = False,
+    stream: bool = False,
+    quiet: bool = False,
+    out: TextIO,
+    err: TextIO,
+) -> None:
+    """Answers each question as it comes; answers go to `out`, progress and warnings to `err`.
+
+    Raises:
+        VideoDecodeError, ValueError, OSError: in one line each, what the user can change.
+    """
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    if not quiet:
+        print(f"loading {model}", file=err, flush=True)
+    pipe = load_pipeline(model, dtype=dtype, device=device)
+    untrained = getattr(pipe.model.config, "untrained_parts", None)
+    if untrained:
+        parts = " and ".join(part.replace("_", " ") for part in untrained)
+        print(f"longvlm: warning: untrained: {parts}. The answers say nothing about the video.", file=err)
+
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    asked = False
+    for question in questions:
+        asked = True
+        guard, bars = _Guard(), _Bars(err, disable=quiet)
+        options = dict(generation or {})
+        if stream:
+            options["streamer"] = _Streamer(pipe.processor.tokenizer, out)
+        start = time.perf_counter()
+        try:
+            result = pipe(
+                video=video,
+                question=question,
+                progress=bars,
+                logits_processor=LogitsProcessorList([guard]),
+                **(video_options or {}),
+                **options,
+            )
+        finally:
+            bars.close()
+        seconds = time.perf_counter() - start
+        if guard.repeats_itself():
+            print("longvlm: warning: the answer is one token repeated; is the model trained?", file=err)
+        if as_json:
+            answer = {"video": video, "question": question, **result, "seconds": round(seconds, 3)}
+            if bars.frames is not None:
+                answer["frames"] = bars.frames
+            if untrained:
+                answer["untrained_parts"] = untrained
+            print(json.dumps(answer, ensure_ascii=False), file=out, flush=True)
+        elif not stream:
+            print(result["answer"], file=out, flush=True)
+    if not asked:
+        raise ValueError("there is no question: none was given, or standard input was empty")
+
+
+def show_warnings_in_one_line(err: TextIO) -> None:
+    """Warnings about the video in one line; those of libraries about their own affairs not at all."""
+
+    def show(message, category, filename, lineno, file=None, line=None):
+        print(f"longvlm: warning: {' '.join(str(message).split())}", file=err)
+
+    warnings.showwarning = show
+    warnings.simplefilter("ignore")
+    from longvlm.processing.video_sources import VideoDecodeWarning
+
+    warnings.simplefilter("always", VideoDecodeWarning)
+
+
+class _Bars:
+    """Progress of decoding and encoding; `frames` is how many frames were taken, `None` if from the cache."""
+
+    def __init__(self, err: TextIO, *, disable: bool):
+        self.err, self.disable = err, disable
+        self.stage: str | None = None
+        self.frames: int | None = None
+        self.bar: tqdm | None = None
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        if stage != self.stage or self.bar is None:
+            self.close()
+            self.stage = stage
+            names = {"decode": "decoding", "encode": "encoding"}
+            self.bar = tqdm(total=total, desc=names[stage], unit="frame", file=self.err, disable=self.disable)
+        if stage == "encode":
+            self.frames = total
+        self.bar.update(done - self.bar.n)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+class _Streamer(TextStreamer):
+    """Writes the answer to `out` word by word."""
+
+    def __init__(self, tokenizer, out: TextIO):
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.out = out
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        print(text, file=self.out, flush=True, end="\n" if stream_end else "")
+
+
+class _Guard(LogitsProcessor):
+    """Watches the generation: values that are not finite end it, and one token repeated is noticed."""
+
+    def __init__(self):
+        self.prompt: int | None = None
+        self.answer: torch.Tensor | None = None
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        if self.prompt is None:
+            self.prompt = input_ids.shape[1]
+        # -inf stands for what must not be said; something has to be left, and nothing may be NaN.
+        if torch.isnan(scores).any() or not torch.isfinite(scores).any():
+            raise ValueError(
+                f"the model gives values that are not numbers (NaN) in {str(scores.dtype).removeprefix('torch.')}; "
+                "try --dtype float32, or another checkpoint"
+            )
+        self.answer = input_ids[0, self.prompt :]
+        return scores
+
+    def repeats_itself(self) -> bool:
+        return self.answer is not None and len(self.answer) >= REPEATS - 1 and len(self.answer.unique()) == 1

@@ -164,6 +164,7 @@ class FrameIndex:
         key_pts: for each keyframe, ascending, the first time from which decoding that starts there is right.
         key_seeks: for each keyframe, the times to seek to, the best one first.
         time_base: seconds per unit.
+        stream: number of the video stream in its container.
         origin: time of second 0.
         from_header: taken from the container's own index, not from packets.
         shortfall: what the header promises beyond what can be read, in words; empty if nothing is missing.
@@ -174,6 +175,7 @@ class FrameIndex:
     key_pts: list[int]
     key_seeks: list[tuple]
     time_base: Fraction
+    stream: int
     origin: int = 0
     from_header: bool = False
     shortfall: str = ""
@@ -195,6 +197,9 @@ def _open_container(source: VideoSource):
     except (av.FFmpegError, OSError, ValueError):
         # FFmpeg's text embeds the path and an error number; the reason is nearly always this one.
         raise VideoDecodeError(f"{source.name}: not a video file, or cut or damaged beyond reading") from None
+    if container.format.name == "tty":  # FFmpeg would show the text, as on a terminal
+        container.close()
+        raise VideoDecodeError(f"{source.name}: not a video file but text")
     for stream in container.streams.video:
         if not int(getattr(stream, "disposition", 0)) & 1 << 10:  # AV_DISPOSITION_ATTACHED_PIC
             stream.thread_type = "NONE"  # frame threads would be refilled after each seek
@@ -241,6 +246,7 @@ def _index_from_header(source: VideoSource, container, stream) -> FrameIndex | N
         key_pts=[pts[0], *(pts[min(k + margin, len(pts) - 1)] for k in keys[1:])],
         key_seeks=[(pts[k], dts[k]) for k in keys],
         time_base=stream.time_base,
+        stream=stream.index,
         from_header=True,
     )
 
@@ -260,8 +266,12 @@ def _index_from_packets(source: VideoSource, container, stream) -> FrameIndex:
     if not times:
         raise VideoDecodeError(f"{source.name}: the file holds no frames")
     shortfall = _shortfall(container, stream, times)
-    if None in times or len(set(times)) != len(times):
-        return FrameIndex(None, len(times), [], [], stream.time_base, shortfall=shortfall)
+    untimed = None in times or len(set(times)) != len(times)
+    if container.format.name == "avi" and stream.codec_context.has_b_frames:
+        # AVI has no presentation times. Where FFmpeg made them up, they ascend in the order of storage.
+        untimed = untimed or times == sorted(times)
+    if untimed:
+        return FrameIndex(None, len(times), [], [], stream.time_base, stream.index, shortfall=shortfall)
     keys.sort(key=lambda key: key[0])
     keys = keys or [(min(times), None)]
     # Frames before the first keyframe (a recording that starts in mid-stream) cannot be decoded.
@@ -273,6 +283,7 @@ def _index_from_packets(source: VideoSource, container, stream) -> FrameIndex:
         key_pts=[key[0] for key in keys],
         key_seeks=keys,
         time_base=stream.time_base,
+        stream=stream.index,
         origin=pts[0] if arbitrary_clock else 0,
         shortfall=shortfall,
     )
@@ -425,7 +436,7 @@ class _PyAVReader:
     def rgb_at(self, position: int) -> np.ndarray | None:
         """The frame as RGB uint8 `(H, W, 3)`, upright; `None` if it cannot be decoded. Positions must ascend."""
         frame = self._count_to(position) if self.index.pts is None else self._go_to(position)
-        if frame is None:
+        if frame is None or frame.is_corrupt:  # what FFmpeg makes of half a frame is a copy of the one before
             return None
         # First RGB at full size, then the transform: scaling in YUV would blur colours.
         rgb = frame.to_ndarray(format="rgb24")
@@ -508,7 +519,9 @@ class _TorchcodecReader:
         try:
             from torchcodec.decoders import VideoDecoder
 
-            self.decoder = VideoDecoder(source.open(), dimension_order="NHWC", num_ffmpeg_threads=1, seek_mode="exact")
+            # "approximate" would give other frames where the frame rate varies
+            options = {"dimension_order": "NHWC", "num_ffmpeg_threads": 1, "seek_mode": "exact"}
+            self.decoder = VideoDecoder(source.open(), stream_index=index.stream, **options)
         except Exception as error:
             raise _TorchcodecFailed(error) from None
 

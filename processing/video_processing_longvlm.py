@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from huggingface_hub.dataclasses import validate_typed_dict
 from PIL import Image
+from torchvision.transforms import InterpolationMode
 from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, PILImageResampling, SizeDict
 from transformers.processing_utils import VideosKwargs
@@ -177,8 +178,8 @@ class LongVLMVideoProcessor(BaseVideoProcessor):
         """
         Args:
             videos: one video or a (nested) list of them. A video is a path, a URL, bytes, a file object, a directory
-                of pictures, a list of frames (Pillow, NumPy, torch; any size, also grey or RGBA, whose alpha is dropped),
-                or an array `(T, H, W, C)`, `(T, C, H, W)` or, grey, `(T, H, W)`. A 5D array is a batch.
+                of pictures, a list of frames (Pillow, NumPy, torch; any size, also grey or RGBA, alpha is
+                dropped), or an array `(T, H, W, C)`, `(T, C, H, W)` or, grey, `(T, H, W)`. A 5D array is a batch.
                 Pixel values are 0 to 255; floats that all lie within 0 to 1 are taken as already rescaled.
             progress: called as `progress(done, total)` with the frames decoded of the video at work.
             video_metadata: of each video that is given as frames: its own `fps`, `total_num_frames`, and in
@@ -263,6 +264,9 @@ class LongVLMVideoProcessor(BaseVideoProcessor):
         if options["device"] is not None:
             frame = frame.to(options["device"])
         size, resample = options["size"], options["resample"]
+        if resample == PILImageResampling.NEAREST:
+            # torch's "nearest", as in the released code; transformers would take "nearest-exact", half a pixel away
+            resample = InterpolationMode.NEAREST
         if not options["do_center_crop"]:
             fits = frame.shape[-2:] == (size.height, size.width)
             return self.resize(frame, size, resample) if options["do_resize"] and not fits else frame

@@ -6,7 +6,6 @@ from fractions import Fraction
 import av
 import numpy as np
 
-
 WIDTH, HEIGHT = 96, 64
 
 
@@ -115,15 +114,12 @@ CONTAINERS = {
     "mkv with variable frame rate": {"suffix": "mkv", "options": B_FRAMES, "times": uneven_times},
     "mkv without durations": {"suffix": "mkv", "options": B_FRAMES, "container_options": {"live": "1"}},
     "webm of VP9": {"suffix": "webm", "codec": "libvpx-vp9", "options": {"deadline": "realtime", "cpu-used": "8"}},
-    "webm of VP8 with hidden frames": {
-        "suffix": "webm",
-        "codec": "libvpx",
-        "options": {"auto-alt-ref": "1", "lag-in-frames": "16", "b": "200k"},
-    },
+    "webm of VP8": {"suffix": "webm", "codec": "libvpx", "options": {"deadline": "realtime", "b": "500k"}},
     "ts": {"suffix": "ts", "options": OPEN_GOP},
     "ts of MPEG-2": {"suffix": "ts", "codec": "mpeg2video", "options": {"bf": "2", "b": "2M"}},
     "avi of MPEG-4": {"suffix": "avi", "codec": "mpeg4", "options": {"b": "1M"}},
     "avi with B-frames": {"suffix": "avi", "codec": "mpeg4", "options": {"b": "1M", "bf": "2"}},
+    "avi of H.264 with B-frames": {"suffix": "avi", "options": B_FRAMES},
     "gif": {"suffix": "gif", "codec": "gif", "pix_fmt": "rgb8"},
     "raw h264": {"suffix": "h264", "options": B_FRAMES},
 }

@@ -1,0 +1,515 @@
+"""From texts and videos to the model's input: `LongVLMProcessor`.
+
+A prompt holds ONE `<vid_patch>` per video. The processor repeats it, once for each token that the model will put in
+its place: `<vid_start>`, n x `<vid_patch>`, `<vid_end>`. It knows n from the number of frames and four numbers of the
+method (paper section 3), not from the model: the two meet in the checkpoint's JSON files.
+Unusual: text from a person (the content of a chat) is never searched for special tokens; see `text_escaping`.
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from tokenizers import AddedToken
+from transformers.feature_extraction_utils import BatchFeature
+from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin
+from transformers.utils import logging
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from .chat_templates_longvlm import CHAT_TEMPLATES, DEFAULT_CHAT_TEMPLATE
+from .text_escaping import ESCAPE_MARK, escape, tokenizer_for_escaped_text
+from .video_processing_longvlm import LongVLMVideoProcessor, flatten_videos
+
+logger = logging.get_logger(__name__)
+
+# In the order in which the released code adds them, so that the ids are the same.
+VIDEO_TOKEN, VIDEO_START_TOKEN, VIDEO_END_TOKEN = VIDEO_TOKENS = ("<vid_patch>", "<vid_start>", "<vid_end>")
+VIDEO_ALIAS = "<video>"  # how the released code's data files mark a video
+
+
+class LongVLMProcessor(ProcessorMixin):
+    r"""
+    Makes `input_ids`, `attention_mask`, `pixel_values_videos` and `num_frames` of texts and videos.
+
+    The three video tokens are added to a tokenizer that lacks them (whoever holds the model resizes its embeddings),
+    a missing pad token becomes the unknown or else the end token, and padding is on the left, as generation needs it.
+
+    Args:
+        video_processor (`LongVLMVideoProcessor`, *optional*): default: one with its default settings.
+        tokenizer: any tokenizer of transformers.
+        chat_template (`str`, *optional*):
+            A Jinja template or the name of a built-in one: `"vicuna_v1_1"` (the original's training prompt) or
+            `"long_vlm_v1"` (its evaluation prompt). Default: the tokenizer's own, else `"vicuna_v1_1"`.
+        frames_per_segment (`int`): frames of a segment (K).
+        tokens_per_segment (`int`): tokens that a segment is merged to (M); a segment of fewer patches keeps them all.
+        num_global_tokens (`int`): global tokens of a video (E); 0 if the model uses none.
+        patches_per_frame (`int`): patches of a frame (N).
+    """
+
+    def __init__(
+        self,
+        video_processor=None,
+        tokenizer=None,
+        chat_template=None,
+        frames_per_segment=10,
+        tokens_per_segment=30,
+        num_global_tokens=5,
+        patches_per_frame=256,
+    ):
+        if tokenizer is None:
+            raise ValueError("LongVLMProcessor needs a tokenizer, e.g. AutoTokenizer.from_pretrained(...)")
+        counts = {
+            "frames_per_segment": (frames_per_segment, 1),
+            "tokens_per_segment": (tokens_per_segment, 1),
+            "num_global_tokens": (num_global_tokens, 0),
+            "patches_per_frame": (patches_per_frame, 1),
+        }
+        for name, (value, least) in counts.items():
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"{name}={value!r} must be a whole number of at least {least}")
+            setattr(self, name, value)
+        _prepare_tokenizer(tokenizer)
+        if chat_template is None:
+            chat_template = getattr(tokenizer, "chat_template", None) or DEFAULT_CHAT_TEMPLATE
+        if isinstance(chat_template, str):
+            chat_template = _template_text(chat_template)
+        if video_processor is None:
+            video_processor = LongVLMVideoProcessor()
+        self.video_token, self.video_start_token, self.video_end_token = VIDEO_TOKENS
+        super().__init__(video_processor, tokenizer, chat_template=chat_template)
+
+    @property
+    def video_token_id(self) -> int:
+        return self.tokenizer.convert_tokens_to_ids(self.video_token)
+
+    @property
+    def video_start_token_id(self) -> int:
+        return self.tokenizer.convert_tokens_to_ids(self.video_start_token)
+
+    @property
+    def video_end_token_id(self) -> int:
+        return self.tokenizer.convert_tokens_to_ids(self.video_end_token)
+
+    # --- how many tokens ---
+
+    def num_video_tokens(self, num_frames: int) -> int:
+        """Tokens of a video of `num_frames` frames, without `<vid_start>` and `<vid_end>`."""
+        if num_frames < 1:
+            raise ValueError(f"num_frames={num_frames}: a video has at least 1 frame")
+        full, rest = divmod(int(num_frames), self.frames_per_segment)
+        segments = [self.frames_per_segment] * full + [rest] * (rest > 0)
+        local = sum(min(self.tokens_per_segment, frames * self.patches_per_frame) for frames in segments)
+        return self.num_global_tokens + local
+
+    def replace_video_token(self, video_inputs: Mapping, video_idx: int, **kwargs) -> str:
+        """What stands in the prompt for video `video_idx` of the video processor's output."""
+        counts = video_inputs.get("num_frames")
+        num_frames = len(video_inputs["pixel_values_videos"][video_idx]) if counts is None else counts[video_idx]
+        return self._video_text(self.num_video_tokens(int(num_frames)))
+
+    def _video_text(self, count: int) -> str:
+        return self.video_start_token + self.video_token * count + self.video_end_token
+
+    def _get_num_multimodal_tokens(self, image_sizes=None, video_sizes=None, **kwargs) -> MultiModalData:
+        """For servers. `video_sizes`: `(frames, height, width)` each. They ask about images too: no tokens."""
+        data = {}
+        if image_sizes is not None:
+            data["num_image_tokens"] = [0] * len(image_sizes)
+            data["num_image_patches"] = [0] * len(image_sizes)
+        if video_sizes is not None:
+            data["num_video_tokens"] = [self.num_video_tokens(frames) for frames, *_ in video_sizes]
+        return MultiModalData(**data)
+
+    # --- texts and videos ---
+
+    def __call__(
+        self,
+        text: str | list[str] | None = None,
+        videos=None,
+        num_video_tokens: int | Sequence[int] | None = None,
+        *,
+        progress: Callable[[int, int], None] | None = None,
+        **kwargs,
+    ) -> BatchFeature:
+        r"""
+        Args:
+            text (`str` or `list[str]`):
+                Prompts with one `<vid_patch>` (or `<video>`, the original's mark) per video, with or without
+                `<vid_start>` and `<vid_end>` around it. It is searched for special tokens: text that a person typed
+                goes through `escape_special_text` first, or through `apply_chat_template`, which does so.
+            videos:
+                One video, a list of them in the order of their places, or a list for each text (`[]` or `None` for a
+                text without video). What a video may be: see `LongVLMVideoProcessor`.
+            num_video_tokens (`int` or a sequence of them):
+                Instead of `videos`, where their features were encoded before: the number of tokens of each.
+            progress: called as `progress(done, total)` while frames are decoded.
+            kwargs:
+                Options of the tokenizer (`padding`, `truncation`, `return_tensors`...) and of the video processor
+                (`num_frames`, `fps`...). With `return_tensors` several texts are padded unless `padding` says
+                otherwise.
+        Returns:
+            `BatchFeature` with `input_ids` and `attention_mask` `(texts, length)`; given videos, also
+            `pixel_values_videos` float32 `(videos, max_frames, 3, H, W)` and `num_frames` int64 `(videos,)`.
+            On request `video_metadata` (`return_metadata=True`), `mm_token_type_ids` (2 at video tokens;
+            `return_mm_token_type_ids=True`) and `text_replacement_offsets` (`return_text_replacement_offsets=True`).
+        Raises:
+            ValueError: as many places as videos are needed; a truncation must not cut a video.
+        """
+        for name in ("images", "audio"):
+            if kwargs.pop(name, None) is not None:
+                raise ValueError(f"LongVLM takes text and videos, no {name}; remove {name}=")
+        for name in ("load_audio_from_video", "sanitize_control_tokens"):
+            kwargs.pop(name, None)
+        texts = None if text is None else _as_texts(text)
+        rows = _videos_per_text(videos, texts)
+        videos = _drop_empty_rows(videos)
+        if videos is not None and num_video_tokens is not None:
+            raise ValueError("videos and num_video_tokens exclude each other; pass one of them")
+        if texts is None and videos is None:
+            raise ValueError("LongVLMProcessor was called without text and without videos; pass at least one")
+        counts = [num_video_tokens] if isinstance(num_video_tokens, int) else list(num_video_tokens or [])
+        if texts is not None:
+            texts = [self._one_token_per_video(sample) for sample in texts]
+            self._check_places(texts, len(counts) if videos is None else len(flatten_videos(videos)), rows)
+
+        offered = {name: kwargs.pop(name, False) for name in _EXTRA_OUTPUTS}
+        wants_metadata = kwargs.get("return_metadata") or kwargs.get("videos_kwargs", {}).get("return_metadata")
+        kwargs = {key: dict(value) if isinstance(value, dict) else value for key, value in kwargs.items()}
+        merged = self._merge_kwargs(
+            self.valid_processor_kwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs
+        )
+        video_inputs: Mapping = {}
+        replacements = [self._video_text(int(count)) for count in counts]
+        if videos is not None:
+            if progress is not None:
+                merged["videos_kwargs"]["progress"] = progress
+            video_inputs, replacements = self._process_videos(videos, **merged["videos_kwargs"])
+        text_inputs: dict[str, Any] = {}
+        text_kwargs = merged["text_kwargs"]
+        return_tensors = text_kwargs.pop("return_tensors", None)
+        if texts is not None:
+            offered = {name: text_kwargs.pop(name, False) or value for name, value in offered.items()}
+            if return_tensors is not None and len(texts) > 1:
+                text_kwargs.setdefault("padding", True)
+            texts, offsets = self.get_text_with_replacements(texts, videos_replacements=replacements)
+            text_inputs = self._tokenize(texts, **text_kwargs)
+            if offered["return_text_replacement_offsets"]:
+                text_inputs["text_replacement_offsets"] = offsets
+            if offered["return_mm_token_type_ids"]:
+                text_inputs["mm_token_type_ids"] = self.create_mm_token_type_ids(text_inputs["input_ids"])
+        data = {**text_inputs, **video_inputs}
+        if not wants_metadata:
+            data.pop("video_metadata", None)
+        return BatchFeature(data, tensor_type=return_tensors, skip_tensor_conversion=self.skip_tensor_conversion)
+
+    def _process_videos(self, videos, **kwargs):
+        """-> the video processor's output, and what stands in the prompt for each video."""
+        video_inputs = self.video_processor(videos, **kwargs)
+        count = len(video_inputs["pixel_values_videos"])
+        return video_inputs, [self.replace_video_token(video_inputs, video_idx=i) for i in range(count)]
+
+    def _one_token_per_video(self, text: str) -> str:
+        """`<video>`, and a place that already has its start and end, become the bare `<vid_patch>`."""
+        text = text.replace(VIDEO_ALIAS, self.video_token)
+        return text.replace(self._video_text(1), self.video_token)
+
+    def _check_places(self, texts: list[str], num_videos: int, rows: list[int] | None):
+        places = [sample.count(self.video_token) for sample in texts]
+        if sum(places) != num_videos:
+            raise ValueError(
+                f"the text has {sum(places)} place(s) for a video, but {num_videos} video(s) were given; write one "
+                f"{self.video_token} per video"
+            )
+        for row, (wanted, given) in enumerate(zip(places, rows or places, strict=True)):
+            if wanted != given:
+                raise ValueError(
+                    f"text {row} has {wanted} place(s) for a video, but {given} video(s) were given for it; write one "
+                    f"{self.video_token} per video"
+                )
+
+    def _tokenize(self, texts: list[str], **text_kwargs) -> dict[str, Any]:
+        tokenizer = self.tokenizer
+        if any(ESCAPE_MARK in sample for sample in texts):
+            tokenizer = tokenizer_for_escaped_text(tokenizer)
+        bos = tokenizer.bos_token
+        if bos and all(sample.startswith(bos) for sample in texts):  # the chat template wrote it
+            text_kwargs.setdefault("add_special_tokens", False)
+        encoded = dict(tokenizer(texts, **text_kwargs))
+        if not text_kwargs.get("return_token_type_ids"):
+            encoded.pop("token_type_ids", None)  # some tokenizers give them unasked, and no LLM takes them
+        for row, (sample, ids) in enumerate(zip(texts, encoded["input_ids"], strict=False)):
+            if any(ids.count(tokenizer.convert_tokens_to_ids(token)) != sample.count(token) for token in VIDEO_TOKENS):
+                self._raise_cut_video(tokenizer, row, sample, text_kwargs)
+        return encoded
+
+    def _raise_cut_video(self, tokenizer, row: int, sample: str, text_kwargs: dict):
+        options = {key: value for key, value in text_kwargs.items() if key == "add_special_tokens"}
+        ids = tokenizer(sample, **options)["input_ids"]
+        of_video = [i for i, token in enumerate(ids) if token in self._video_token_id_set()]
+        needed = of_video[-1] + 1
+        if tokenizer.truncation_side == "left":  # what the tokenizer adds in front is kept
+            added = tokenizer.num_special_tokens_to_add() if text_kwargs.get("add_special_tokens", True) else 0
+            needed = len(ids) - of_video[0] + added
+        raise ValueError(
+            f"max_length={text_kwargs.get('max_length') or tokenizer.model_max_length} would cut the video tokens of "
+            f"text {row}: it needs max_length={needed} at least, {len(ids)} for all of it; or take fewer frames"
+        )
+
+    def _video_token_id_set(self) -> set[int]:
+        return {self.video_token_id, self.video_start_token_id, self.video_end_token_id}
+
+    # --- chats ---
+
+    def escape_special_text(self, text: str) -> str:
+        """
+        Make `text` from a person safe to stand in a prompt: whatever looks like a special token in it is text.
+
+        The result differs from `text` by an invisible mark in each such string (none: the same text comes back).
+        The processor drops the marks again when it makes token ids; `decode` gives the text as it was typed.
+        """
+        if not isinstance(text, str):
+            raise ValueError(f"text must be a string, not {type(text).__name__}: {text!r:.80}")
+        return escape(text, self._special_strings())
+
+    def _special_strings(self, of_answer: bool = False) -> list[str]:
+        # Not special to the tokenizer, but controls all the same: `<think>`, `<tool_call>`, LLaVA's `<im_patch>`.
+        # An answer may contain them (a template looks for the end of the thinking, for instance).
+        added = self.tokenizer.added_tokens_decoder.values()
+        strings = [str(t) for t in added if t.special or (not of_answer and re.fullmatch(r"<\S+>", str(t)))]
+        return [*strings, *self.tokenizer.all_special_tokens, *VIDEO_TOKENS, VIDEO_ALIAS]
+
+    def apply_chat_template(
+        self,
+        conversation,
+        chat_template: str | None = None,
+        tools: list | None = None,
+        documents: list[dict] | None = None,
+        add_generation_prompt: bool = False,
+        continue_final_message: bool | str = False,
+        return_assistant_tokens_mask: bool = False,
+        tokenize: bool = False,
+        return_tensors: str | None = None,
+        return_dict: bool = True,
+        load_audio_from_video: bool = False,
+        processor_kwargs: dict | None = None,
+        **kwargs,
+    ):
+        r"""
+        Turn a conversation, or a list of them, into a prompt, or with `tokenize=True` into the model's input.
+
+        Content is a string or a list of parts, `{"type": "text", "text": ...}` and `{"type": "video", "video": ...}`
+        (also `"path"` or `"url"`; with none of them, a place whose video is given as `videos=` or
+        `num_video_tokens=`). A video's place is set apart from neighbouring text by a line feed, as in the original;
+        neighbouring texts are joined as they are. A system message replaces a built-in template's own.
+        Content is text: special tokens in it are not searched for.
+
+        Args:
+            conversation: list of messages `{"role", "content"}`, or a list of such lists.
+            chat_template: a template, or the name of one (built in, or in the processor's dict of templates).
+            tools, documents: passed to the template.
+            add_generation_prompt: end with what opens the assistant's turn.
+            continue_final_message: leave the last message open, so that the model goes on with it.
+            return_assistant_tokens_mask: add `assistant_masks`, 1 where the template's `generation` blocks are.
+            tokenize: return token ids and pixel values instead of the prompt.
+            return_tensors: as in `__call__`.
+            return_dict: with `tokenize`, False gives `input_ids` alone.
+            load_audio_from_video: ignored, there is no use for sound (servers set it for every processor).
+            processor_kwargs: options of `__call__`; they may also stand among `kwargs`.
+            kwargs: variables of the template, and options of `__call__`.
+        """
+        if continue_final_message and add_generation_prompt:
+            raise ValueError("add_generation_prompt and continue_final_message exclude each other; pass one of them")
+        if continue_final_message and return_assistant_tokens_mask:
+            raise ValueError("continue_final_message has no assistant mask: the last message is not finished")
+        chat_template = self._find_template(chat_template)
+        conversations, is_batched = _as_conversations(conversation)
+        flat = [self._flatten_conversation(messages) for messages in conversations]
+        kwargs.pop("sanitize_control_tokens", None)  # 5.24's way for single calls; here content is always text
+        template_kwargs, call_kwargs = self._split_kwargs(kwargs, chat_template)
+        prompts, spans = render_jinja_template(
+            conversations=[messages for messages, _ in flat],
+            tools=tools,
+            documents=documents,
+            chat_template=chat_template,
+            return_assistant_tokens_mask=return_assistant_tokens_mask,
+            continue_final_message=continue_final_message,
+            add_generation_prompt=add_generation_prompt,
+            **{**self.tokenizer.special_tokens_map, **template_kwargs},
+        )
+        if not tokenize:
+            return prompts if is_batched else prompts[0]
+
+        call_kwargs = {**(processor_kwargs or {}), **call_kwargs}
+        if return_tensors not in (None, "auto"):
+            call_kwargs["return_tensors"] = return_tensors
+        if return_assistant_tokens_mask:
+            call_kwargs.update(return_offsets_mapping=True, return_text_replacement_offsets=True)
+        if call_kwargs.get("num_frames") is not None or call_kwargs.get("fps") is not None:
+            call_kwargs.setdefault("do_sample_frames", True)
+        sources = [videos for _, videos in flat]
+        if any(sources):
+            if call_kwargs.get("videos") is not None:
+                raise ValueError("videos= and videos inside the conversation exclude each other; give them in one way")
+            call_kwargs["videos"] = sources
+        out = self(prompts, **call_kwargs)
+        if return_assistant_tokens_mask:
+            masks = _assistant_masks(spans, out.pop("offset_mapping"), out.pop("text_replacement_offsets"))
+            out.update(BatchFeature({"assistant_masks": masks}, tensor_type=call_kwargs.get("return_tensors")))
+        return out if return_dict else out["input_ids"]
+
+    def _find_template(self, name: str | None) -> str:
+        known = self.chat_template if isinstance(self.chat_template, dict) else {"default": self.chat_template}
+        if name is None:
+            if "default" not in known:
+                raise ValueError(f"pass chat_template=, one of {', '.join(known)}: none of them is the default")
+            return known["default"]
+        return known[name] if name in known else _template_text(name)
+
+    def _split_kwargs(self, kwargs: dict, chat_template: str) -> tuple[dict, dict]:
+        """-> variables of the template, options of `__call__`."""
+        options = {"videos", "num_video_tokens", "progress", "common_kwargs", *_EXTRA_OUTPUTS}
+        options |= ProcessingKwargs.__annotations__.keys()
+        for name in ("text_kwargs", "videos_kwargs"):
+            options |= ProcessingKwargs.__annotations__[name].__annotations__.keys()
+        options |= self.video_processor.valid_kwargs.__annotations__.keys()
+        for name in kwargs:
+            if name not in options and not re.search(rf"\b{re.escape(name)}\b", chat_template):
+                logger.warning_once(f"apply_chat_template: {name}= is no option and no variable of the template")
+        return (
+            {key: value for key, value in kwargs.items() if key not in options},
+            {key: value for key, value in kwargs.items() if key in options},
+        )
+
+    def _flatten_conversation(self, messages) -> tuple[list[dict], list]:
+        """-> messages whose content is a string with one `<vid_patch>` per video, and the videos that were given."""
+        flat: list[dict] = []
+        videos: list = []
+        for message in getattr(messages, "messages", messages):
+            if not isinstance(message, Mapping) or "role" not in message:
+                raise ValueError(f'a message must be a dict with "role" and "content", not {message!r:.80}')
+            strings = self._special_strings(of_answer=message["role"] == "assistant")
+            content = self._flatten_content(message.get("content"), strings, videos)
+            flat.append({**{k: v for k, v in message.items() if v is not None}, "content": content})
+        return flat, videos
+
+    def _flatten_content(self, content, special_strings: list[str], videos: list) -> str:
+        if content is None or isinstance(content, str):
+            return escape(content or "", special_strings)
+        if not isinstance(content, (list, tuple)):
+            raise ValueError(f"content must be text or a list of parts, not {type(content).__name__}: {content!r:.80}")
+        # Neighbouring texts are joined before they are escaped: together they may spell a special token.
+        pieces: list[str | None] = []  # None: a video
+        for part in content:
+            kind, value = _read_part(part)
+            if kind == "video":
+                pieces.append(None)
+                if value is not None:
+                    videos.append(value)
+            elif pieces and pieces[-1] is not None:
+                pieces[-1] += value
+            elif value:
+                pieces.append(value)
+        return "\n".join(self.video_token if p is None else escape(p, special_strings) for p in pieces)
+
+
+_EXTRA_OUTPUTS = ("return_mm_token_type_ids", "return_text_replacement_offsets")
+
+
+def _prepare_tokenizer(tokenizer):
+    # Once more where the tokenizer has them, since that makes them special (old files hold them as common words).
+    # normalized=False: found in the text as it was written.
+    tokens = [AddedToken(token, special=True, normalized=False) for token in VIDEO_TOKENS]
+    tokenizer.add_tokens(tokens, special_tokens=True)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    tokenizer.padding_side = "left"
+
+
+def _template_text(name: str) -> str:
+    """A built-in template by its name; a Jinja template is given back."""
+    if name in CHAT_TEMPLATES:
+        return CHAT_TEMPLATES[name]
+    if "{" not in name:
+        raise ValueError(
+            f'chat_template="{name}" is neither a Jinja template nor a built-in one; choose one of '
+            f"{', '.join(CHAT_TEMPLATES)}"
+        )
+    return name
+
+
+def _as_texts(text) -> list[str]:
+    texts = [text] if isinstance(text, str) else text
+    if not isinstance(texts, (list, tuple)):
+        raise ValueError(f"text must be a string or a list of strings, not {type(text).__name__}: {text!r:.80}")
+    for row, sample in enumerate(texts):
+        if not isinstance(sample, str):
+            raise ValueError(f"text {row} must be a string, not {type(sample).__name__}: {sample!r:.80}")
+    if not texts:
+        raise ValueError("text is an empty list; pass at least one text")
+    return list(texts)
+
+
+def _is_empty(row) -> bool:
+    return row is None or (isinstance(row, (list, tuple)) and not row)
+
+
+def _drop_empty_rows(videos):
+    if isinstance(videos, (list, tuple)):
+        videos = [row for row in videos if not _is_empty(row)]
+    return None if _is_empty(videos) else videos
+
+
+def _videos_per_text(videos, texts: list[str] | None) -> list[int] | None:
+    """Number of videos of each text, where `videos` is a list for each text; None: a flat list, or one video."""
+    if texts is None or not isinstance(videos, (list, tuple)) or len(videos) != len(texts):
+        return None
+    flat = [[] if _is_empty(row) else flatten_videos([row]) for row in videos]
+    # A video that is itself a list (of frames) stands in a flat list as it is.
+    lists = all(row is None or isinstance(row, (list, tuple)) for row in videos)
+    nested = any(not found or found[0] is not row for row, found in zip(videos, flat, strict=True))
+    return [len(found) for found in flat] if lists and nested else None
+
+
+def _as_conversations(conversation) -> tuple[list, bool]:
+    if hasattr(conversation, "messages"):
+        return [conversation], False
+    if not isinstance(conversation, (list, tuple)) or not conversation:
+        raise ValueError(f"a conversation must be a list of messages, not {conversation!r:.80}")
+    if isinstance(conversation[0], (list, tuple)) or hasattr(conversation[0], "messages"):
+        return list(conversation), True
+    return [conversation], False
+
+
+def _read_part(part) -> tuple[str, Any]:
+    """-> ("text", text) or ("video", the video or None)."""
+    if isinstance(part, str):
+        return "text", part
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    if kind == "text":
+        text = part.get("text")
+        if not isinstance(text, str):
+            raise ValueError(f'"text" of a text part must be a string, not {type(text).__name__}: {text!r:.80}')
+        return "text", text
+    if kind == "video_url":  # OpenAI's way to write it
+        url = part.get("video_url")
+        return "video", url.get("url") if isinstance(url, Mapping) else url
+    if kind == "video":
+        return "video", next((part[key] for key in ("video", "path", "url") if part.get(key) is not None), None)
+    raise ValueError(f'LongVLM takes parts of type "text" and "video", not {kind or repr(part):.80}')
+
+
+def _assistant_masks(spans, offset_mapping, replacement_offsets) -> list[list[int]]:
+    """1 for each token that overlaps a span `[start, end)` of characters of its prompt before videos were expanded."""
+    masks = []
+    for row, offsets in enumerate(offset_mapping):
+
+        def moved(position, row=row):
+            before = [r for r in replacement_offsets[row] if r["span"][1] <= position]
+            return position + before[-1]["new_span"][1] - before[-1]["span"][1] if before else position
+
+        answers = [(moved(start), moved(end)) for start, end in spans[row]]
+        masks.append([int(any(a < end and b > start for start, end in answers)) for a, b in offsets])
+    return masks
+
+
+LongVLMProcessor.register_for_auto_class("AutoProcessor")

@@ -1,0 +1,54 @@
+"""Text of a person that looks like a special token stays text: a question may hold `</s>` or `<vid_patch>`.
+
+`escape` puts one invisible character, the mark, into each such string; no tokenizer finds a special token there any
+more, nor does a search for places of videos. `tokenizer_for_escaped_text` gives a copy of the tokenizer that drops
+the mark after it has looked for special tokens and before its model sees the text. So everything else (splitting,
+spaces, offsets, padding, truncation) is the tokenizer's own way, and what it decodes is what was typed.
+"""
+
+import copy
+import re
+from collections.abc import Iterable
+
+from tokenizers import pre_tokenizers
+
+# The last private-use character of Unicode: no text needs it, no normalizer changes it, fonts have nothing to show.
+ESCAPE_MARK = "\U0010fffd"
+
+
+def escape(text: str, special_strings: Iterable[str]) -> str:
+    """Mark every occurrence of `special_strings` in `text`, also overlapping ones. Marks already there are dropped."""
+    text = text.replace(ESCAPE_MARK, "")
+    # A string of one character has no inside to mark.
+    strings = "|".join(re.escape(string) for string in special_strings if len(string) > 1)
+    if not strings:
+        return text
+    return re.sub(f"(?=(?:{strings}))(.)", rf"\1{ESCAPE_MARK}", text, flags=re.DOTALL)
+
+
+def unescape(text: str) -> str:
+    """The text as it was typed."""
+    return text.replace(ESCAPE_MARK, "")
+
+
+def tokenizer_for_escaped_text(tokenizer):
+    """A copy of `tokenizer` to which marked strings are plain text; offsets refer to the text with its marks."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise ValueError(
+            f"{type(tokenizer).__name__} cannot take special tokens as plain text; remove them from the text or use a "
+            "tokenizer of the tokenizers library"
+        )
+    tokenizer = copy.deepcopy(tokenizer)
+    backend = tokenizer.backend_tokenizer
+    # What the steps before make of the mark: itself or, in a byte-level tokenizer, the letters for its bytes.
+    sample = f"<{ESCAPE_MARK}a"
+    if backend.normalizer is not None:
+        sample = backend.normalizer.normalize_str(sample)
+    if backend.pre_tokenizer is not None:
+        sample = "".join(piece for piece, _ in backend.pre_tokenizer.pre_tokenize_str(sample))
+    mark = sample[sample.index("<") + 1 : sample.rindex("a")]
+    if mark:
+        steps = [] if backend.pre_tokenizer is None else [backend.pre_tokenizer]
+        backend.pre_tokenizer = pre_tokenizers.Sequence([*steps, pre_tokenizers.Split(mark, "removed")])
+    return tokenizer

@@ -50,6 +50,8 @@ CUSTOM_PIPELINES = {
     }
 }
 
+_NOT_BOTH = "Give pixel_values_videos or video_features, not both: the features replace the pixels."
+
 
 @dataclass
 class LongVLMVideoFeatures(BaseModelOutputWithPooling):
@@ -321,7 +323,7 @@ class LongVLMModel(LongVLMPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
         if pixel_values_videos is not None and video_features is not None:
-            raise ValueError("Give pixel_values_videos or video_features, not both: the features replace the pixels.")
+            raise ValueError(_NOT_BOTH)
         if pixel_values_videos is not None:
             video_features = self.get_video_features(pixel_values_videos, num_frames=num_frames, return_dict=True)
         elif video_features is not None:
@@ -448,15 +450,27 @@ class LongVLMForConditionalGeneration(LongVLMPreTrainedModel, GenerationMixin):
         """
         pixel_values_videos = kwargs.pop("pixel_values_videos", None)
         num_frames = kwargs.pop("num_frames", None)
+        features = kwargs.pop("video_features", None)
         if pixel_values_videos is not None:
-            if kwargs.get("video_features") is not None:
-                raise ValueError(
-                    "Give pixel_values_videos or video_features, not both: the features replace the pixels."
-                )
-            kwargs["video_features"] = self.get_video_features(pixel_values_videos, num_frames=num_frames)
+            if features is not None:
+                raise ValueError(_NOT_BOTH)
+            features = self.get_video_features(pixel_values_videos, num_frames=num_frames)
         input_ids = kwargs.get("input_ids", inputs)
-        if input_ids is not None and kwargs.get("video_features") is None:
+        if features is not None:
+            # Without what the steps do not need: assisted decoding copies its arguments, and cannot copy graphs.
+            kwargs["video_features"] = LongVLMVideoFeatures(
+                local_features=tuple(local.detach() for local in features["local_features"]),
+                global_features=features["global_features"].detach(),
+            )
+        elif input_ids is not None and not kwargs.keys() & {"past_key_values", "cache"}:
             videos_per_prompt(self.model.get_placeholder_mask(input_ids, None), [])
+        length = (kwargs.get("inputs_embeds") if input_ids is None else input_ids).shape[1]
+        limit = getattr(self.config.text_config, "max_position_embeddings", None)
+        if limit is not None and length > limit:
+            logger.warning(
+                f"The prompt has {length} tokens, the language model was made for {limit}: take fewer frames, or a "
+                "model with more frames_per_segment or fewer tokens_per_segment."
+            )
 
         config = self.config
         never = [config.video_token_id, config.video_start_token_id, config.video_end_token_id]
@@ -464,12 +478,19 @@ class LongVLMForConditionalGeneration(LongVLMPreTrainedModel, GenerationMixin):
         processors.append(SuppressTokensLogitsProcessor(never, device=self.lm_head.weight.device))
         return super().generate(inputs, generation_config, logits_processor=processors, **kwargs)
 
-    def prepare_inputs_for_generation(self, input_ids, is_first_iteration=False, **kwargs):
+    def prepare_inputs_for_generation(
+        self, input_ids, is_first_iteration=False, past_key_values=None, cache=None, **kwargs
+    ):
+        # generate() takes from users what this signature names: the cache of an earlier turn, by its name of either
+        # version.
+        caches = {"past_key_values": past_key_values, "cache": cache}
+        caches = {name: value for name, value in caches.items() if value is not None}
         model_inputs = super().prepare_inputs_for_generation(
-            input_ids, is_first_iteration=is_first_iteration, **kwargs
+            input_ids, is_first_iteration=is_first_iteration, **caches, **kwargs
         )
-        if not is_first_iteration and kwargs.get("use_cache", True):
-            # The cache holds the video from the first step on.
+        later = not is_first_iteration and kwargs.get("use_cache", True)
+        if later or any(value.get_seq_length() for value in caches.values()):
+            # The cache holds the video already.
             for name in ("pixel_values_videos", "num_frames", "video_features"):
                 model_inputs.pop(name, None)
         return model_inputs
@@ -479,7 +500,6 @@ class LongVLMForConditionalGeneration(LongVLMPreTrainedModel, GenerationMixin):
         features = model_kwargs.pop("video_features", None)
         if features is not None and expand_size > 1:
             places = self.model.get_placeholder_mask(input_ids, model_kwargs.get("inputs_embeds"))
-            features = LongVLMVideoFeatures(**features) if not hasattr(features, "select") else features
             first, repeated = 0, []
             for videos in videos_per_prompt(places, self._token_counts(features)):
                 repeated += list(range(first, first + videos)) * expand_size

@@ -31,6 +31,7 @@ def output_folder(out: str | Path, *, overwrite: bool = False) -> Iterator[Path]
     partial.mkdir()
     try:
         yield partial
+        _share_as_other_files(partial)
         if out.exists():
             out.rename(previous)
         try:
@@ -42,3 +43,11 @@ def output_folder(out: str | Path, *, overwrite: bool = False) -> Iterator[Path]
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         shutil.rmtree(previous, ignore_errors=True)
+
+
+def _share_as_other_files(folder: Path) -> None:
+    """Weights are written for their owner alone; give all files the mode that new files have here."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for file in folder.rglob("*"):
+        file.chmod((0o777 if file.is_dir() else 0o666) & ~umask)

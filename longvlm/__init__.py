@@ -51,11 +51,11 @@ def __getattr__(name: str) -> Any:
 def _started_as_command() -> bool:
     """Whether this process is `longvlm ...` or `python -m longvlm ...`."""
     if _sys.argv[:1] == ["-m"]:
-        return _sys.orig_argv[1:3] == ["-m", "longvlm"]
+        return ("-m", "longvlm") in zip(_sys.orig_argv, _sys.orig_argv[1:], strict=False)
     return bool(_sys.argv) and _Path(_sys.argv[0]).name in ("longvlm", "longvlm.exe")
 
 
 # The registrations need torch and transformers, seconds that `longvlm --help` should not cost; the commands that
 # need them import `longvlm.registration` themselves.
-if not _started_as_command() and (_parent / "processing" / "processing_longvlm.py").exists():  # TEMP until all land
+if not _started_as_command():
     from longvlm import registration as registration

@@ -36,7 +36,17 @@ def load_pipeline(model: str, *, dtype: str = "auto", device: str | None = None)
     model_type = AutoConfig.from_pretrained(model).model_type
     if model_type != "longvlm":
         raise ValueError(f"{model} is a {model_type} model, not a LongVLM; make one of it with `longvlm assemble`")
-    return pipeline(TASK, model=model, dtype=dtype, device=device)
+    return pipeline(TASK, model=model, dtype=dtype, device=_usable(device))
+
+
+def _usable(device: str | None) -> str | None:
+    try:
+        if device is not None:
+            torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f'--device "{device}" cannot be used here: {reason}') from error
+    return device
 
 
 def ask(
@@ -139,6 +149,8 @@ class _Bars:
         if stage == "encode":
             self.frames = total
         self.bar.update(done - self.bar.n)
+        if done >= total:  # else its clock would run on while the answer is made
+            self.bar.close()
 
     def close(self) -> None:
         if self.bar is not None:

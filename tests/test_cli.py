@@ -1,0 +1,213 @@
+"""The command `longvlm`: what goes to stdout and stderr, exit codes, one line per error, no torch for help."""
+
+import io
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from longvlm import cli
+from tests.tiny_models import save_tiny_llm, save_tiny_longvlm, tiny_longvlm, write_video
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return str(save_tiny_longvlm(tmp_path_factory.mktemp("model")))
+
+
+@pytest.fixture(scope="module")
+def video(tmp_path_factory):
+    return str(write_video(tmp_path_factory.mktemp("video") / "square.mp4"))
+
+
+@pytest.fixture
+def longvlm(monkeypatch, capfd):
+    """Runs the command in this process: `(exit code, stdout, stderr)`."""
+
+    def run(*arguments, stdin=""):
+        monkeypatch.setattr(sys, "argv", ["longvlm", *map(str, arguments)])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        out, err = capfd.readouterr()
+        return ended.value.code, out, err
+
+    return run
+
+
+SHORT = ("--max-new-tokens", "6")
+
+
+def test_answer_goes_to_stdout_and_progress_to_stderr(longvlm, checkpoint, video):
+    code, out, err = longvlm("ask", video, "What moves?", "--model", checkpoint, *SHORT)
+    assert code == 0
+    assert out.strip() and "decoding" not in out and out.count("\n") >= 1
+    assert "decoding" in err and "encoding" in err and "8/8" in err
+    assert "warning" not in err
+
+
+def test_same_answer_as_the_pipeline(longvlm, checkpoint, video):
+    from transformers import pipeline
+
+    expected = pipeline("video-question-answering", model=checkpoint)(
+        video=video, question="What moves?", max_new_tokens=6, do_sample=False
+    )
+    _, out, _ = longvlm("ask", video, "What moves?", "--model", checkpoint, *SHORT)
+    assert out == expected["answer"] + "\n"
+
+
+def test_json_is_one_object_a_line_and_the_video_is_encoded_once(longvlm, checkpoint, video):
+    code, out, err = longvlm("ask", video, "Who?", "Where?", "--model", checkpoint, "--json", *SHORT)
+    first, second = map(json.loads, out.splitlines())
+    assert code == 0
+    assert (first["question"], second["question"]) == ("Who?", "Where?")
+    assert first["video"] == video and isinstance(first["answer"], str) and first["seconds"] > 0
+    assert first["frames"] == 8 and "frames" not in second
+    assert err.count("100%") == 2  # decoded once, encoded once
+
+
+def test_dash_reads_questions_from_stdin(longvlm, checkpoint, video):
+    _, expected, _ = longvlm("ask", video, "Who?", "Where?", "--model", checkpoint, "--json", *SHORT)
+    _, out, _ = longvlm("ask", video, "-", "--model", checkpoint, "--json", *SHORT, stdin="Who?\n\n  Where?  \n")
+    assert [json.loads(line)["answer"] for line in out.splitlines()] == [
+        json.loads(line)["answer"] for line in expected.splitlines()
+    ]
+
+
+def test_streamed_answer_is_the_same(longvlm, checkpoint, video):
+    _, whole, _ = longvlm("ask", video, "Who?", "--model", checkpoint, *SHORT)
+    _, streamed, _ = longvlm("ask", video, "Who?", "--model", checkpoint, "--stream", *SHORT)
+    assert streamed.strip() == whole.strip()
+
+
+def test_options_reach_the_video_and_the_generation(longvlm, checkpoint, video):
+    def ask(*options):
+        return json.loads(longvlm("ask", video, "Who?", "--model", checkpoint, "--json", *options)[1])
+
+    assert ask("--num-frames", 3, *SHORT)["frames"] == 3
+    assert ask("--fps", 2, *SHORT)["frames"] == 6  # 24 frames at 8 a second
+    assert ask("--fps", 2, "--max-frames", 4, *SHORT)["frames"] == 4
+    hot = ("--temperature", 5.0, "--top-p", 0.99, "--max-new-tokens", 12)
+    sampled = [ask(*hot, "--seed", seed)["answer"] for seed in (1, 1, 2)]
+    assert sampled[0] == sampled[1] != sampled[2]
+
+
+def test_quiet_says_nothing(longvlm, checkpoint, video):
+    code, out, err = longvlm("ask", video, "Who?", "--model", checkpoint, "--quiet", *SHORT)
+    assert (code, err) == (0, "") and out
+
+
+def test_truncated_video_is_one_warning(longvlm, checkpoint, video, tmp_path):
+    short = tmp_path / "cut.ts"
+    write_video(short, num_frames=48, codec="mpeg2video", fps=25)
+    code, _, err = longvlm("ask", short, "Who?", "--model", checkpoint, "--quiet", *SHORT)
+    assert (code, err) == (0, "")
+    data = short.read_bytes()
+    short.write_bytes(data[: len(data) // 2] + bytes(1000))
+    code, out, err = longvlm("ask", short, "Who?", "--model", checkpoint, "--quiet", *SHORT)
+    assert code == 0 and out and err.count("\n") <= 1
+
+
+def test_untrained_parts_are_told(longvlm, video, tmp_path):
+    save_tiny_longvlm(tmp_path, untrained_parts=["multi_modal_projector"])
+    code, _, err = longvlm("ask", video, "Who?", "--model", tmp_path, "--quiet", *SHORT)
+    assert code == 0
+    assert err.splitlines() == [
+        "longvlm: warning: untrained: multi modal projector. The answers say nothing about the video."
+    ]
+
+
+def test_model_that_gives_nan_is_an_error(longvlm, video, tmp_path):
+    model, processor = tiny_longvlm()
+    torch.nn.init.constant_(model.lm_head.weight, float("nan"))
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    code, out, err = longvlm("ask", video, "Who?", "--model", tmp_path, "--quiet", *SHORT)
+    assert (code, out) == (2, "")
+    assert "NaN" in err and "--dtype float32" in err and err.count("\n") == 1
+
+
+def test_model_that_repeats_one_token_is_noticed(longvlm, video, tmp_path):
+    model, processor = tiny_longvlm()
+    torch.nn.init.zeros_(model.lm_head.weight)
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    _, _, err = longvlm("ask", video, "Who?", "--model", tmp_path, "--quiet", "--max-new-tokens", 20)
+    assert "one token repeated" in err and err.count("\n") == 1
+
+
+@pytest.fixture
+def bad(tmp_path, checkpoint, video):
+    """What stands for the words in capitals in the cases below."""
+    (tmp_path / "text.mp4").write_text("no video\n" * 100)
+    (tmp_path / "empty.mp4").touch()
+    (tmp_path / "no_pictures").mkdir()
+    save_tiny_llm(tmp_path / "llm")
+    return {"VIDEO": video, "MODEL": checkpoint, "TMP": str(tmp_path)}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ("ask TMP/missing.mp4 Who? --model MODEL", "missing.mp4"),
+        ("ask TMP/text.mp4 Who? --model MODEL", "text.mp4"),
+        ("ask TMP/empty.mp4 Who? --model MODEL", "empty.mp4"),
+        ("ask TMP/no_pictures Who? --model MODEL", "no_pictures"),
+        ("ask VIDEO Who?", "--model"),
+        ("ask VIDEO Who? --model TMP/nothing", "nothing"),
+        ("ask VIDEO Who? --model TMP/no_pictures", "config.json"),
+        ("ask VIDEO Who? --model TMP/llm", "llama"),
+        ("ask VIDEO - --model MODEL", "no question"),
+        ("ask VIDEO --model MODEL", "QUESTION"),
+        ("ask VIDEO Who? --model MODEL --dtype float7", "float7"),
+        ("ask VIDEO Who? --model MODEL --device moon", "moon"),
+        ("ask VIDEO Who? --model MODEL --num-frames 0", "num_frames"),
+        ("ask VIDEO Who? --model MODEL --num-frames 4 --fps 1", "exclude each other"),
+        ("ask VIDEO Who? --model MODEL --json --stream", "exclude each other"),
+        ("ask VIDEO Who? --model MODEL --top-p 0.5", "--temperature"),
+        ("ask VIDEO Who? --model MODEL --max-new-tokens 0", "--max-new-tokens"),
+        ("ask VIDEO Who? --model MODEL --colour", "--colour"),
+        ("assemble --language TMP/llm --out TMP/out", "vision"),
+        ("assemble --language TMP/nothing.gguf --vision-config TMP/v.json --out TMP/out", "nothing.gguf"),
+        ("assemble --language TMP/llm --vision TMP/llm --out TMP/out", "not a vision encoder"),
+        ("assemble --language TMP/llm --vision TMP/llm --out TMP/llm", "--overwrite"),
+        ("assemble --language TMP/llm --vision TMP/llm --out TMP/out --merge-schedule 4,x", "4,x"),
+        ("assemble --language TMP/llm --vision TMP/llm --out TMP/out --merge-order up", "matching"),
+    ],
+)
+def test_what_a_user_can_cause_is_one_line_and_exit_code_2(longvlm, bad, arguments, says):
+    for word, value in bad.items():
+        arguments = arguments.replace(word, value)
+    code, out, err = longvlm(*arguments.split(), "--quiet")
+    assert (code, out) == (2, "")
+    assert err.startswith("longvlm: error: ") and err.count("\n") == 1, err
+    assert says in err, err
+
+
+def test_a_fault_of_the_program_shows_where_it_is(longvlm, checkpoint, video, monkeypatch):
+    def fault(*args, **kwargs):
+        raise RuntimeError("a fault")
+
+    monkeypatch.setattr("longvlm.asking.ask", fault)
+    monkeypatch.setattr(sys, "argv", ["longvlm", "ask", video, "Who?", "--model", checkpoint])
+    with pytest.raises(RuntimeError, match="a fault"):
+        cli.main()
+
+
+def test_help_needs_neither_torch_nor_transformers():
+    for arguments in (["--help"], ["ask", "--help"], ["assemble", "--help"], ["--version"]):
+        command = [sys.executable, "-X", "importtime", "-m", "longvlm", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        imported = {line.rsplit("|", 1)[-1].strip() for line in done.stderr.splitlines() if "|" in line}
+        assert "longvlm.cli" in imported and not imported & {"torch", "transformers", "numpy"}
+        assert "longvlm" in done.stdout
+
+
+def test_runs_as_a_module_in_a_process_of_its_own(checkpoint, video):
+    command = [sys.executable, "-m", "longvlm", "ask", video, "Who?", "--model", checkpoint, "--json", *SHORT]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["frames"] == 8

@@ -114,10 +114,9 @@ def join(
     method.setdefault("merge_num_heads", getattr(vision.model.config, "num_attention_heads", 16))
 
     tokenizer, llm = language.tokenizer, language.model
-    ids = _add_video_tokens(tokenizer, llm)
-    head = llm.get_output_embeddings()
-    if not isinstance(head, nn.Linear):
+    if not isinstance(llm.get_output_embeddings(), nn.Linear):
         raise ValueError(f"{type(llm).__name__} has no linear output layer; it cannot be the language model")
+    ids = _add_video_tokens(tokenizer, llm)
     # Only the names of parts on the Hub mean anything to somebody else.
     vision.model.config._name_or_path, llm.config._name_or_path = vision.name, language.name
     config = LongVLMConfig(
@@ -127,7 +126,7 @@ def join(
         video_start_token_id=ids[1],
         video_end_token_id=ids[2],
         tie_word_embeddings=bool(llm.config.tie_word_embeddings),
-        lm_head_bias=head.bias is not None,
+        lm_head_bias=llm.get_output_embeddings().bias is not None,
         untrained_parts=["multi_modal_projector"] if vision.trained else ["vision_tower", "multi_modal_projector"],
         **method,
     )
@@ -148,15 +147,17 @@ def _video_processor(vision: VisionPart, image_size: int | None, changes: dict[s
     if image_size is not None:
         options.pop("crop_size", None)
         options["size"] = {"height": image_size, "width": image_size}
+    if "preset" in changes:  # it says how frames are brought to their size, and the encoder only what that size is
+        encoder = LongVLMVideoProcessor(**options)
+        options = {name: options[name] for name in options if name in ("image_mean", "image_std", "rescale_factor")}
+        options["size"] = dict(encoder.size)
     return LongVLMVideoProcessor(**{**options, **changes})
 
 
 def _add_video_tokens(tokenizer: PreTrainedTokenizerBase, llm) -> list[int]:
     """Adds the three tokens where they lack, and their rows; returns their ids."""
-    before = len(tokenizer)
-    added = tokenizer.add_special_tokens(
-        {"additional_special_tokens": list(VIDEO_TOKENS)}, replace_extra_special_tokens=False
-    )
+    before, rows = len(tokenizer), llm.get_input_embeddings().weight.shape[0]
+    tokenizer.add_special_tokens({"additional_special_tokens": list(VIDEO_TOKENS)}, replace_extra_special_tokens=False)
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
@@ -168,19 +169,19 @@ def _add_video_tokens(tokenizer: PreTrainedTokenizerBase, llm) -> list[int]:
             llm.generation_config.pad_token_id = pad
 
     # Tables are often larger than the vocabulary: grow them only if they are too small.
-    if len(tokenizer) > llm.get_input_embeddings().weight.shape[0]:
+    if len(tokenizer) > rows:
         llm.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    if added:
-        with torch.no_grad():
-            for layer in (llm.get_input_embeddings(), llm.get_output_embeddings()):
-                if layer is None:
-                    continue
-                # The mean of the rows before, as in the original (which leaves that of <vid_patch> random; it is
-                # never read).
-                layer.weight[before:] = layer.weight[:before].mean(dim=0, dtype=torch.float32).to(layer.weight.dtype)
-                if getattr(layer, "bias", None) is not None:
-                    layer.bias[before:] = layer.bias[:before].mean()
-    return tokenizer.convert_tokens_to_ids(list(VIDEO_TOKENS))
+    ids = tokenizer.convert_tokens_to_ids(list(VIDEO_TOKENS))
+    new = sorted({*range(rows, len(tokenizer)), *(row for row in ids if row >= before)})
+    with torch.no_grad():
+        for layer in (llm.get_input_embeddings(), llm.get_output_embeddings()):
+            # The mean of the rows before, as in the original (which leaves that of <vid_patch> random: it is never
+            # read).
+            own = min(before, rows)
+            layer.weight[new] = layer.weight[:own].mean(dim=0, dtype=torch.float32).to(layer.weight.dtype)
+            if getattr(layer, "bias", None) is not None:
+                layer.bias[new] = layer.bias[:own].mean()
+    return ids
 
 
 def _place_parts(config: LongVLMConfig, vision, llm, seed: int) -> LongVLMForConditionalGeneration:
@@ -223,8 +224,13 @@ def _probe(language: LanguagePart) -> tuple[torch.Tensor, torch.Tensor]:
 
 @torch.no_grad()
 def _check_text(model, language_class: str, input_ids: torch.Tensor, expected: torch.Tensor) -> None:
+    config = model.config
+    video_token_ids = (config.video_token_id, config.video_start_token_id, config.video_end_token_id)
     logits = model(input_ids=input_ids).logits[..., : expected.shape[-1]].float()
     expected = expected[..., : logits.shape[-1]].float()
+    # The three tokens may have taken rows that were there, but unused.
+    taken = [row for row in video_token_ids if row < expected.shape[-1]]
+    logits[..., taken] = expected[..., taken]
     if not torch.isfinite(expected).all():
         raise ValueError(
             f"{language_class} gives logits that are not finite; its weights are broken, or try a wider dtype"

@@ -77,12 +77,15 @@ def load_vision(source: str | Path, *, dtype: torch.dtype | None = None) -> Visi
             f"{source} is a {config.model_type} model, not a vision encoder that cuts pictures into patches; "
             "use for example a CLIP, SigLIP, DINOv2 or ViT model"
         )
-    # Not AutoModel.from_pretrained: it would build the whole CLIP, text tower included.
-    model, info = MODEL_MAPPING[type(tower)].from_pretrained(
-        source, config=tower, dtype=dtype or "auto", output_loading_info=True
-    )
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        # Not AutoModel.from_pretrained: it would build the whole CLIP, text tower included.
+        model, info = MODEL_MAPPING[type(tower)].from_pretrained(
+            source, config=tower, dtype=dtype or "auto", output_loading_info=True
+        )
+    # A pooler is never used here, and classifiers (ViT) are saved without.
+    missing = sorted(name for name in info["missing_keys"] if not name.startswith("pooler."))
+    if missing:
         raise ValueError(
             f"{source} lacks {len(missing)} weights of {type(model).__name__}, for example {missing[0]}; "
             "give a folder or Hub id of a whole vision encoder"

@@ -8,6 +8,7 @@ Unusual: text from a person (the content of a chat) is never searched for specia
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 from tokenizers import AddedToken
@@ -167,7 +168,7 @@ class LongVLMProcessor(ProcessorMixin):
             raise ValueError("videos and num_video_tokens exclude each other; pass one of them")
         if texts is None and videos is None:
             raise ValueError("LongVLMProcessor was called without text and without videos; pass at least one")
-        counts = [num_video_tokens] if isinstance(num_video_tokens, int) else list(num_video_tokens or [])
+        counts = _as_counts(num_video_tokens)
         if texts is not None:
             texts = [self._one_token_per_video(sample) for sample in texts]
             self._check_places(texts, len(counts) if videos is None else len(flatten_videos(videos)), rows)
@@ -179,7 +180,7 @@ class LongVLMProcessor(ProcessorMixin):
             self.valid_processor_kwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs
         )
         video_inputs: Mapping = {}
-        replacements = [self._video_text(int(count)) for count in counts]
+        replacements = [self._video_text(count) for count in counts]
         if videos is not None:
             if progress is not None:
                 merged["videos_kwargs"]["progress"] = progress
@@ -447,6 +448,16 @@ def _as_texts(text) -> list[str]:
     if not texts:
         raise ValueError("text is an empty list; pass at least one text")
     return list(texts)
+
+
+def _as_counts(num_video_tokens) -> list[int]:
+    if num_video_tokens is None:
+        return []
+    counts = [int(num_video_tokens)] if isinstance(num_video_tokens, Integral) else [int(n) for n in num_video_tokens]
+    for count in counts:
+        if count < 1:
+            raise ValueError(f"num_video_tokens={counts}: a video has at least 1 token")
+    return counts
 
 
 def _is_empty(row) -> bool:

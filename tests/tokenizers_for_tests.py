@@ -1,13 +1,15 @@
 """Small tokenizers of the kinds that LLMs use, for tests of the processor.
 
 `byte_level_tokenizer`: byte-level BPE (GPT-2, Llama 3, Qwen, SmolLM2), trained here in milliseconds.
+`unigram_tokenizer`: SentencePiece unigram (T5, XGLM): special tokens are pieces, found after Unicode normalization.
 `original_tokenizer`: SentencePiece BPE with byte fallback (LLaMA, Vicuna), of a tiny checkpoint in the
 original's format: 384 pieces, then LLaVA's three image tokens.
 """
 
+import string
 from pathlib import Path
 
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -29,10 +31,12 @@ CHATML_TEMPLATE = (
 )
 
 
-def byte_level_tokenizer(chat_template: str | None = CHATML_TEMPLATE, **options) -> PreTrainedTokenizerFast:
+def byte_level_tokenizer(
+    chat_template: str | None = CHATML_TEMPLATE, add_prefix_space: bool = False, **options
+) -> PreTrainedTokenizerFast:
     """Byte-level BPE with `<|im_start|>`, `<|im_end|>` (end and padding) and the common word `<think>` added."""
     backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
     backend.decoder = decoders.ByteLevel()
     specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     trainer = trainers.BpeTrainer(
@@ -47,6 +51,19 @@ def byte_level_tokenizer(chat_template: str | None = CHATML_TEMPLATE, **options)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **{**names, **options})
     tokenizer.chat_template = chat_template
     return tokenizer
+
+
+def unigram_tokenizer() -> PreTrainedTokenizerFast:
+    """Unigram over single letters, with bytes for the rest; a space is put in front of every word."""
+    specials = ["<unk>", "<s>", "</s>", "<|im_end|>"]
+    pieces = [(piece, 0.0) for piece in specials] + [(f"<0x{byte:02X}>", -9.0) for byte in range(256)]
+    pieces += [(piece, -3.0) for piece in ["▁", "▁is", *string.ascii_letters, *"<>/_|?"]]
+    backend = Tokenizer(models.Unigram(pieces, 0, True))
+    backend.normalizer = normalizers.NFKC()
+    backend.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme="always")
+    backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace("▁", prepend_scheme="always")])
+    backend.add_special_tokens([AddedToken(token, normalized=True, special=True) for token in specials])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
 
 
 def original_tokenizer(every_piece: bool = False) -> PreTrainedTokenizerFast:

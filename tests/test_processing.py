@@ -224,6 +224,13 @@ def test_text_alone_works(processor):
     assert [text.strip() for text in processor.batch_decode(out["input_ids"], skip_special_tokens=True)] == ["Hello"]
 
 
+def test_token_type_ids_come_only_on_request():
+    names = ["input_ids", "token_type_ids", "attention_mask"]
+    processor = make_processor(byte_level_tokenizer(model_input_names=names))
+    assert set(processor("a")) == {"input_ids", "attention_mask"}
+    assert set(processor("a", return_token_type_ids=True)) == set(names)
+
+
 def test_videos_as_lists_of_frames(byte_level):
     frames = list(video(4))
     one = byte_level("<video>", frames)
@@ -349,6 +356,16 @@ def test_a_built_in_template_ends_answers_with_the_tokenizers_end_token(byte_lev
     assert prompt.endswith("USER: a ASSISTANT: b<|im_end|>")
 
 
+def test_the_begin_token_stands_once_whoever_writes_it(original):
+    chat = [{"role": "user", "content": "a"}]
+    by_tokenizer = original.apply_chat_template(chat, "{{ messages[0].content }}", tokenize=True)["input_ids"][0]
+    template = "{{ bos_token + messages[0].content }}"
+    by_template = original.apply_chat_template(chat, template, tokenize=True)["input_ids"][0]
+    called = original(original.apply_chat_template(chat, template))["input_ids"][0]
+    assert by_template == called == by_tokenizer
+    assert by_template[0] == original.tokenizer.bos_token_id
+
+
 @pytest.mark.parametrize("template", ["vicuna_v1_1", "long_vlm_v1"])
 def test_a_system_message_replaces_the_built_in_one(original, template):
     chat = [{"role": "system", "content": [{"type": "text", "text": "Be short."}]}, {"role": "user", "content": "a"}]
@@ -374,7 +391,8 @@ def test_tokenize_loads_the_videos_of_the_conversation(byte_level, tmp_path):
     for i, frame in enumerate(video(4)):
         Image.fromarray(frame).save(tmp_path / f"{i}.png")
     by_path = [ask(str(tmp_path), key, "?") for key in ("video", "path")]
-    for conversation in (*by_path, ask(video(4), "video", "?")):
+    pictures = [str(tmp_path / f"{i}.png") for i in range(4)]
+    for conversation in (*by_path, ask(video(4), "video", "?"), ask(pictures, "video", "?")):
         out = byte_level.apply_chat_template(
             conversation, tokenize=True, return_tensors="pt", load_audio_from_video=True, add_generation_prompt=True
         )
@@ -538,6 +556,12 @@ def test_text_without_special_tokens_is_untouched(processor):
             add_special_tokens=processor.tokenizer.bos_token == "<s>",
         )["input_ids"]
     )
+
+
+def test_a_typed_mark_is_dropped(processor):
+    assert processor.escape_special_text("a\U0010fffdb") == "ab"
+    ids = processor("a\U0010fffdb")["input_ids"][0]
+    assert processor.decode(ids, skip_special_tokens=True).strip() == "ab"
 
 
 def test_the_escape_only_adds_marks_and_is_stable(processor):

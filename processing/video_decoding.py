@@ -12,6 +12,7 @@
 import bisect
 import itertools
 import os
+import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ logger = logging.get_logger(__name__)
 BACKEND_VARIABLE = "LONGVLM_VIDEO_BACKEND"
 MAX_WORKERS = 2  # a third reader gains less than a tenth, and each holds one frame at full size
 LEADING_FRAMES = 16  # at most so many B-frames are shown before, but stored after, their keyframe (x264's limit)
+ATTACHED_PICTURE = 1 << 10  # FFmpeg's AV_DISPOSITION_ATTACHED_PIC
 REOPEN = object()
 
 
@@ -90,7 +92,7 @@ def decode_video(video, sample_indices_fn=None, *, transform=None, backend=None,
             LONGVLM_VIDEO_BACKEND, or `"auto"`. Frame numbers and times come from PyAV's index for both; where
             torchcodec gives another frame than the index says (MPEG-TS) or fails, PyAV decodes.
         num_workers: readers at work at a time; default 2.
-        progress: called as `progress(done, total)` after each frame.
+        progress: called as `progress(done, total)` after each frame, by one thread at a time.
     Returns:
         `DecodedVideo(frames, metadata)`. Where a part of the video cannot be read, the frames that can be are
         returned, a `VideoDecodeWarning` says how many, and `metadata.frames_indices` names them: none is repeated.
@@ -201,7 +203,8 @@ def _open_container(source: VideoSource):
         container.close()
         raise VideoDecodeError(f"{source.name}: not a video file but text")
     for stream in container.streams.video:
-        if not int(getattr(stream, "disposition", 0)) & 1 << 10:  # AV_DISPOSITION_ATTACHED_PIC
+        disposition = getattr(stream, "disposition", 0)  # a number or a flag, by PyAV's version
+        if not getattr(disposition, "value", disposition) & ATTACHED_PICTURE:
             stream.thread_type = "NONE"  # frame threads would be refilled after each seek
             return container, stream
     kinds = sorted({stream.type for stream in container.streams})
@@ -364,7 +367,8 @@ def _warn_of_losses(source: VideoSource, index: FrameIndex, asked: int, read: in
 
 def _read_frames(source: VideoSource, index: FrameIndex, chosen, metadata: FrameMetadata, job: _Job) -> dict[int, Any]:
     """-> {source index: frame after the transform}, without the frames that cannot be decoded."""
-    if job.backend != "pyav" and index.pts is not None and is_torchcodec_usable():
+    whole = index.pts is not None and not index.shortfall  # torchcodec passes half frames on
+    if job.backend != "pyav" and whole and is_torchcodec_usable():
         try:
             frames = _read_with(_TorchcodecReader, source, index, chosen, metadata, job)
             metadata.video_backend = "torchcodec"
@@ -379,6 +383,7 @@ def _read_frames(source: VideoSource, index: FrameIndex, chosen, metadata: Frame
 def _read_with(reader_class, source: VideoSource, index: FrameIndex, chosen, metadata, job: _Job) -> dict[int, Any]:
     targets = sorted(set(chosen))
     frames: dict[int, Any] = {}
+    lock = threading.Lock()
 
     def read(part: list[int]) -> None:
         with reader_class(source, index) as reader:
@@ -387,9 +392,11 @@ def _read_with(reader_class, source: VideoSource, index: FrameIndex, chosen, met
                 if rgb is None:
                     continue
                 metadata.height, metadata.width = rgb.shape[:2]  # after rotation
-                frames[position] = job.transform(rgb) if job.transform else rgb
-                if job.progress:
-                    job.progress(len(frames), len(targets))
+                frame = job.transform(rgb) if job.transform else rgb
+                with lock:
+                    frames[position] = frame
+                    if job.progress:
+                        job.progress(len(frames), len(targets))
 
     workers = job.num_workers if source.can_open_twice else 1
     parts = _split_at_keyframes(targets, index, workers)

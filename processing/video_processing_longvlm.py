@@ -117,7 +117,8 @@ class LongVLMVideoProcessor(BaseVideoProcessor):
         Which frames of a video are taken.
 
         Args:
-            metadata: `VideoMetadata` with `total_num_frames`; `fps` (the video's own) is needed for sampling by `fps`.
+            metadata: `VideoMetadata` or dict with `total_num_frames`; `fps` (the video's own) is needed for sampling by
+                `fps`.
             num_frames, fps: at most one of them; default: the processor's.
             kwargs: `max_frames` and `short_video`, others are ignored.
         Returns:
@@ -130,6 +131,8 @@ class LongVLMVideoProcessor(BaseVideoProcessor):
             num_frames = self.num_frames if fps is None else None
         if num_frames is not None and num_frames < 1:
             raise ValueError(f"num_frames={num_frames}: at least 1 frame has to be taken")
+        if isinstance(metadata, dict):
+            metadata = FrameMetadata(**metadata)
         total = metadata.total_num_frames
         if not total:
             raise ValueError("a video without frames cannot be sampled")
@@ -213,9 +216,8 @@ class LongVLMVideoProcessor(BaseVideoProcessor):
         if isinstance(video_url_or_urls, (list, tuple)):
             videos = [self.fetch_videos(video, sample_indices_fn) for video in video_url_or_urls]
             return list(zip(*videos, strict=True))
-        decoded = decode_video(
-            video_url_or_urls, sample_indices_fn, transform=_channels_first, backend=self.decoding_backend
-        )
+        choose = sample_indices_fn or _all_frames
+        decoded = decode_video(video_url_or_urls, choose, transform=_channels_first, backend=self.decoding_backend)
         return torch.stack(decoded.frames), decoded.metadata
 
     def _options(self, kwargs: dict) -> dict:
@@ -233,13 +235,7 @@ class LongVLMVideoProcessor(BaseVideoProcessor):
 
         def choose(metadata):
             if not options["do_sample_frames"]:
-                limit = options["max_frames"] or MAX_UNSAMPLED_FRAMES
-                if metadata.total_num_frames > limit:
-                    raise ValueError(
-                        f"the video has {metadata.total_num_frames} frames, more than {limit}: without sampling all "
-                        "would be kept; pass num_frames or fps with do_sample_frames=True, or a larger max_frames"
-                    )
-                return np.arange(metadata.total_num_frames)
+                return _all_frames(metadata, options["max_frames"] or MAX_UNSAMPLED_FRAMES)
             names = ("num_frames", "fps", "max_frames", "short_video")
             return self.sample_frames(metadata, **{name: options[name] for name in names})
 
@@ -306,6 +302,16 @@ class LongVLMVideoProcessor(BaseVideoProcessor):
                     options["image_std"],
                 )
         return pixels
+
+
+def _all_frames(metadata, limit: int = MAX_UNSAMPLED_FRAMES) -> np.ndarray:
+    """Every index; refuses videos whose frames would fill the memory."""
+    if metadata.total_num_frames > limit:
+        raise ValueError(
+            f"the video has {metadata.total_num_frames} frames, more than {limit}: without sampling all would be kept; "
+            "pass num_frames or fps with do_sample_frames=True, or a larger max_frames"
+        )
+    return np.arange(metadata.total_num_frames)
 
 
 def _middles(total: int, count: int) -> np.ndarray:

@@ -14,6 +14,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+import real_data
 import video_files
 from PIL import Image
 from video_files import CONTAINERS, numbered_frame, read_number, write_container, write_video
@@ -216,6 +217,7 @@ def test_full_size_frames_never_pile_up(tmp_path):
     assert most <= 2 * 2  # a reader's last frame may still be held while the next one is made
 
 
+@pytest.mark.skipif(not hasattr(av.VideoStream, "set_display_rotation"), reason="this PyAV cannot write rotation")
 @pytest.mark.parametrize("degrees", [90, 180, -90])
 def test_rotation_is_applied(tmp_path, degrees):
     def corner(number, width, height):
@@ -324,3 +326,15 @@ def test_the_rate_of_a_variable_frame_rate_is_its_mean(container_file):
     metadata = decode_video(container_file("mkv with variable frame rate"), take(0)).metadata
     times = video_files.uneven_times(COUNT)
     assert metadata.fps == pytest.approx((COUNT - 1) * 1000 / times[-1], rel=1e-3)
+
+
+@pytest.mark.slow
+def test_real_videos_give_the_frames_of_whole_decoding():
+    for path in real_data.or_skip(real_data.real_videos).values():
+        with av.open(str(path)) as container:
+            whole = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+        asked = sorted({0, 1, len(whole) // 3, len(whole) // 2, len(whole) - 2, len(whole) - 1})
+        decoded = decode_video(path, take(*asked), backend="pyav")
+        assert decoded.metadata.total_num_frames == len(whole)
+        for frame, index in zip(decoded.frames, asked, strict=True):
+            np.testing.assert_array_equal(frame, whole[index])

@@ -55,6 +55,7 @@ def test_the_released_frame_rule_is_met_exactly():
     for case in FRAMES["cases"]:
         indices = processor.sample_frames(VideoMetadata(case["n"]), num_frames=case["num_frames"])
         assert list(indices) == case["indices"], case
+        assert list(processor.sample_frames({"total_num_frames": case["n"]}, case["num_frames"])) == case["indices"]
     assert list(processor.sample_frames(VideoMetadata(1000))) == list(
         processor.sample_frames(VideoMetadata(1000), num_frames=100)
     )
@@ -336,6 +337,16 @@ def test_a_file_can_be_taken_whole_but_not_by_accident(video_file):
     assert LongVLMVideoProcessor()(video_file, do_sample_frames=False)["num_frames"].tolist() == [150]
     with pytest.raises(ValueError, match="150 frames, more than 100"):
         LongVLMVideoProcessor()(video_file, do_sample_frames=False, max_frames=100)
+
+
+def test_fetch_videos_follows_the_base_class(video_file):
+    """transformers' own code calls it with one path or a list of them."""
+    processor = LongVLMVideoProcessor()
+    frames, metadata = processor.fetch_videos(video_file)
+    assert frames.shape[:2] == (150, 3) and metadata.total_num_frames == 150
+    videos, metadata = processor.fetch_videos([video_file, video_file], processor.sample_frames)
+    assert [len(video) for video in videos] == [100, 100]
+    assert [read_number(frame) for frame in videos[1]] == metadata[1].frames_indices
 
 
 def test_sound_is_ignored(video_file):

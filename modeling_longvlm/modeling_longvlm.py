@@ -59,12 +59,14 @@ class LongVLMVideoFeatures(BaseModelOutputWithPooling):
     What `get_video_features` returns: the features of some videos, to be used for any number of questions.
 
     Args:
-        last_hidden_state (`Tensor` of shape `(sum of n_i, d)`): all video tokens in the order in which the LLM gets
-            them, before the projector.
+        last_hidden_state (`Tensor` of shape `(videos, max n_i, d)`): a video's tokens in the order in which the LLM
+            gets them, before the projector; zeros after the last.
         pooler_output (`tuple` of `Tensor` of shape `(n_i, LLM width)`): the same after the projector, video by video.
         local_features (`tuple` of `Tensor` of shape `(L_i, d)`): merged tokens of a video's segments, in a row.
         global_features (`Tensor` of shape `(videos, E, d)`): [CLS] tokens of the last E hidden states, averaged over
             the video's frames.
+        hidden_states, attentions (`tuple` of `Tensor`, on request): of the vision tower, layer by layer, the frames of
+            all videos one after another.
     """
 
     local_features: tuple[Tensor, ...] | None = None
@@ -177,7 +179,12 @@ class LongVLMModel(LongVLMPreTrainedModel):
 
     @can_return_tuple
     def get_video_features(
-        self, pixel_values_videos: Tensor, num_frames: Tensor | list[int] | None = None, **kwargs
+        self,
+        pixel_values_videos: Tensor,
+        num_frames: Tensor | list[int] | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        **kwargs,
     ) -> tuple | LongVLMVideoFeatures:
         """
         Encodes videos: the method of the paper, from pixels to what the LLM gets.
@@ -186,6 +193,8 @@ class LongVLMModel(LongVLMPreTrainedModel):
             pixel_values_videos (`Tensor` of shape `(videos, max_frames, 3, H, W)`): normalised frames, on any device.
             num_frames (`Tensor` of shape `(videos,)` or list, *optional*): frames that each video really has; those
                 beyond are padding and change nothing. Default: all.
+            output_hidden_states, output_attentions (`bool`, *optional*): return those of the vision tower as well, for
+                all frames; then memory does grow with the videos. Default: what the configuration says.
 
         Returns:
             [`LongVLMVideoFeatures`], with `n_i = config.num_video_tokens(num_frames[i])` tokens for video i.
@@ -204,20 +213,33 @@ class LongVLMModel(LongVLMPreTrainedModel):
             raise ValueError(
                 f"num_frames must hold a number from 1 to {max_frames} for each of {videos} videos, got {num_frames}."
             )
-        encoded = [self._encode_video(video[:n]) for video, n in zip(pixel_values_videos, num_frames, strict=True)]
+        wanted = {
+            "hidden_states": self.config.output_hidden_states
+            if output_hidden_states is None
+            else output_hidden_states,
+            "attentions": self.config.output_attentions if output_attentions is None else output_attentions,
+        }
+        kept: dict[str, list] = {name: [] for name, want in wanted.items() if want}
+        encoded = [
+            self._encode_video(video[:n], kept) for video, n in zip(pixel_values_videos, num_frames, strict=True)
+        ]
         local_features, global_features = zip(*encoded, strict=True)
-        return self._project(
-            LongVLMVideoFeatures(local_features=local_features, global_features=torch.stack(global_features))
-        )
+        features = self._project({"local_features": local_features, "global_features": torch.stack(global_features)})
+        for name, chunks in kept.items():
+            features[name] = tuple(map(torch.cat, zip(*chunks, strict=True)))
+        return features
 
-    def _encode_video(self, frames: Tensor) -> tuple[Tensor, Tensor]:
+    def _encode_video(self, frames: Tensor, kept: dict[str, list]) -> tuple[Tensor, Tensor]:
         """`(T, 3, H, W)` -> local features `(L, d)` and global features `(E, d)` of one video."""
         k = self.config.frames_per_segment
         merged: list[Tensor] = []
         waiting: list[Tensor] = []  # patches of frames whose segment is not complete yet, (frames, N, d)
         global_sum = 0
         for chunk in frames.split(self.config.vision_chunk_frames):
-            patches, class_tokens = self._encode_frames(chunk)  # (c, N, d), (E, c, d)
+            outputs = self._run_vision_tower(chunk, output_attentions="attentions" in kept)
+            for name, chunks in kept.items():
+                chunks.append(outputs[name])
+            patches, class_tokens = self._split_tokens(outputs.hidden_states, chunk)  # (c, N, d), (E, c, d)
             # In float32: a sum over thousands of frames would lose its small terms in half precision.
             global_sum = global_sum + class_tokens.float().sum(1)  # (E, d)
             waiting.append(patches)
@@ -231,17 +253,20 @@ class LongVLMModel(LongVLMPreTrainedModel):
             merged.append(self._merge(torch.cat(waiting)[None]))  # the last segment may be short
         return torch.cat(merged), (global_sum / len(frames)).to(patches.dtype)
 
-    def _encode_frames(self, frames: Tensor) -> tuple[Tensor, Tensor]:
-        """`(c, 3, H, W)` -> patch tokens `(c, N, d)` of the feature layer, and [CLS] tokens `(E, c, d)`."""
-        tower, config = self.vision_tower, self.config
-        kwargs = {}
+    def _run_vision_tower(self, frames: Tensor, output_attentions: bool) -> BaseModelOutputWithPooling:
+        tower, kwargs = self.vision_tower, {}
         if "interpolate_pos_encoding" in inspect.signature(tower.forward).parameters:
             # Else CLIP and its kin refuse frames of another size than they were trained on.
-            kwargs["interpolate_pos_encoding"] = config.image_size is not None
+            kwargs["interpolate_pos_encoding"] = self.config.image_size is not None
+        if output_attentions:
+            kwargs["output_attentions"] = True
         pixels = frames.to(tower.device, tower.dtype)
-        hidden_states = tower(pixels, output_hidden_states=True, return_dict=True, **kwargs).hidden_states
-        n, e = config.patches_per_frame, config.num_global_layers
-        tokens = hidden_states[-1].shape[1]
+        return tower(pixels, output_hidden_states=True, return_dict=True, **kwargs)
+
+    def _split_tokens(self, hidden_states: tuple[Tensor, ...], frames: Tensor) -> tuple[Tensor, Tensor]:
+        """Patch tokens `(c, N, d)` of the feature layer, and [CLS] tokens `(E, c, d)` of the last E hidden states."""
+        config = self.config
+        n, e, tokens = config.patches_per_frame, config.num_global_layers, hidden_states[-1].shape[1]
         if tokens < n:
             raise ValueError(
                 f"A frame of {frames.shape[-2]} x {frames.shape[-1]} pixels gave {tokens} patch tokens, the "
@@ -279,10 +304,9 @@ class LongVLMModel(LongVLMPreTrainedModel):
             global_ = global_.to(local.dtype)
             placed = {"prefix": [global_, local], "suffix": [local, global_], "none": [local]}
             tokens.append(torch.cat(placed[self.config.global_placement]))  # (n_i, d)
-        together = torch.cat(tokens)  # (sum of n_i, d)
-        projected = self.multi_modal_projector(together).split([len(t) for t in tokens])
+        projected = self.multi_modal_projector(torch.cat(tokens)).split([len(t) for t in tokens])
         return LongVLMVideoFeatures(
-            last_hidden_state=together,
+            last_hidden_state=nn.utils.rnn.pad_sequence(tokens, batch_first=True),
             pooler_output=projected,
             local_features=local_features,
             global_features=global_features,

@@ -74,7 +74,7 @@ def test_released_numbers_from_pixels_to_features():
     features = model.get_video_features(golden["pixel_values"][None])
     torch.testing.assert_close(features.global_features[0], golden["global_last5"], atol=5e-5, rtol=0)
     torch.testing.assert_close(features.local_features[0], golden["merged"], atol=5e-5, rtol=0)
-    torch.testing.assert_close(features.last_hidden_state, golden["features_global_then_local"], atol=5e-5, rtol=0)
+    torch.testing.assert_close(features.last_hidden_state[0], golden["features_global_then_local"], atol=5e-5, rtol=0)
     assert len(features.pooler_output[0]) == model.config.num_video_tokens(CLIP["frames"]) == 5 + 4 + 4 + 4
 
 
@@ -148,9 +148,9 @@ def test_placements_of_the_global_tokens():
         model, _ = tiny_longvlm(global_placement=placement)
         features[placement] = model.get_video_features(pixels)
     local, global_ = features["prefix"].local_features[0], features["prefix"].global_features[0]
-    assert torch.equal(features["prefix"].last_hidden_state, torch.cat([global_, local]))
-    assert torch.equal(features["suffix"].last_hidden_state, torch.cat([local, global_]))
-    assert torch.equal(features["none"].last_hidden_state, local)
+    assert torch.equal(features["prefix"].last_hidden_state[0], torch.cat([global_, local]))
+    assert torch.equal(features["suffix"].last_hidden_state[0], torch.cat([local, global_]))
+    assert torch.equal(features["none"].last_hidden_state[0], local)
 
 
 @pytest.mark.parametrize(
@@ -352,6 +352,21 @@ def test_frames_that_do_not_fit_the_configuration_are_named():
     )
     with pytest.raises(ValueError, match="28 x 28 pixels"):
         model.get_video_features(noise_video(3, size=28))
+
+
+def test_hidden_states_and_attentions_of_the_vision_tower_on_request():
+    model, _ = tiny_longvlm(vision_chunk_frames=2)
+    model.set_attn_implementation("eager")
+    pixels = noise_video(5, 3)
+    features = model.get_video_features(pixels, [5, 3], output_hidden_states=True, output_attentions=True)
+    frames = torch.cat([pixels[0], pixels[1, :3]])
+    expected = model.model.vision_tower(frames, output_hidden_states=True, output_attentions=True)
+    for name in ("hidden_states", "attentions"):
+        assert len(features[name]) == len(expected[name])
+        for actual, layer in zip(features[name], expected[name], strict=True):
+            torch.testing.assert_close(actual, layer)
+    assert features.last_hidden_state.shape == (2, model.config.num_video_tokens(5), 64)
+    assert not features.last_hidden_state[1, model.config.num_video_tokens(3) :].any()
 
 
 def test_outputs_as_tuples():

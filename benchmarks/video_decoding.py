@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 from video_files import read_number, write_video
 
-from longvlm.processing import video_decoding
+from longvlm.processing import video_decoding, video_index
 from longvlm.processing.video_processing_longvlm import LongVLMVideoProcessor
 
 
@@ -51,11 +51,11 @@ def decode_ours(path: str, wanted: np.ndarray, **options) -> list[torch.Tensor]:
 
 def decode_ours_from_packets(path: str, wanted: np.ndarray) -> list[torch.Tensor]:
     """As for containers without an index of their own."""
-    from_header, video_decoding._index_from_header = video_decoding._index_from_header, lambda *args: None
+    from_header, video_index._index_from_header = video_index._index_from_header, lambda *args: None
     try:
         return decode_ours(path, wanted, backend="pyav", num_workers=2)
     finally:
-        video_decoding._index_from_header = from_header
+        video_index._index_from_header = from_header
 
 
 def measure(decode, path: str, wanted: np.ndarray, repeats: int) -> tuple[float, float]:

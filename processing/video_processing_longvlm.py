@@ -32,7 +32,7 @@ MAX_UNSAMPLED_FRAMES = 10_000  # about 1.5 GB of 224 x 224 frames, four times th
 METADATA_FIELDS = ("total_num_frames", "fps", "width", "height", "duration", "video_backend", "frames_indices")
 
 
-class LongVLMVideosKwargs(VideosKwargs, total=False):
+class LongVLMVideosKwargs(VideosKwargs, total=False):  # type: ignore[call-arg]
     """`VideosKwargs` and our own options; see `LongVLMVideoProcessor`."""
 
     max_frames: int | None
@@ -98,7 +98,7 @@ class LongVLMVideoProcessor(BaseVideoProcessor):
     def __init__(self, *, preset: str | None = None, **kwargs):
         if preset is not None and preset not in PRESETS:
             raise ValueError(f'preset "{preset}" is not known; choose one of {", ".join(PRESETS)}')
-        super().__init__(**{**PRESETS.get(preset, {}), **_size_as_output(kwargs)})
+        super().__init__(**{**(PRESETS[preset] if preset else {}), **_size_as_output(kwargs)})
         self._check_short_video(self.short_video)
 
     @classmethod
@@ -117,8 +117,8 @@ class LongVLMVideoProcessor(BaseVideoProcessor):
         Which frames of a video are taken.
 
         Args:
-            metadata: `VideoMetadata` or dict with `total_num_frames`; `fps` (the video's own) is needed for sampling by
-                `fps`.
+            metadata: `VideoMetadata` or dict with `total_num_frames`; `fps`, the video's own, is needed to sample
+                by `fps`.
             num_frames, fps: at most one of them; default: the processor's.
             kwargs: `max_frames` and `short_video`, others are ignored.
         Returns:
@@ -128,9 +128,6 @@ class LongVLMVideoProcessor(BaseVideoProcessor):
             raise ValueError(f"num_frames={num_frames} and fps={fps} exclude each other; pass one of them")
         if num_frames is None and fps is None:
             fps = self.fps
-            num_frames = self.num_frames if fps is None else None
-        if num_frames is not None and num_frames < 1:
-            raise ValueError(f"num_frames={num_frames}: at least 1 frame has to be taken")
         if isinstance(metadata, dict):
             metadata = FrameMetadata(**metadata)
         total = metadata.total_num_frames
@@ -139,13 +136,16 @@ class LongVLMVideoProcessor(BaseVideoProcessor):
         if fps is not None:
             max_frames = kwargs.get("max_frames")
             return self._indices_by_time(metadata, fps, max_frames if max_frames is not None else self.max_frames)
+        count = int(self.num_frames if num_frames is None else num_frames)
+        if count < 1:
+            raise ValueError(f"num_frames={count}: at least 1 frame has to be taken")
         short_video = self._check_short_video(kwargs.get("short_video") or self.short_video)
-        if total < num_frames and short_video == "once":
+        if total < count and short_video == "once":
             return np.arange(total)
-        indices = _middles(total, min(total, num_frames))
-        if total < num_frames and short_video == "stretch":
+        indices = _middles(total, min(total, count))
+        if total < count and short_video == "stretch":
             # torch's nearest interpolation: the scale in float32, as in the released code
-            positions = np.arange(num_frames, dtype=np.float32) * np.float32(total / num_frames)
+            positions = np.arange(count, dtype=np.float32) * np.float32(total / count)
             indices = indices[np.minimum(positions.astype(np.int64), total - 1)]
         return indices
 
@@ -308,8 +308,8 @@ def _all_frames(metadata, limit: int = MAX_UNSAMPLED_FRAMES) -> np.ndarray:
     """Every index; refuses videos whose frames would fill the memory."""
     if metadata.total_num_frames > limit:
         raise ValueError(
-            f"the video has {metadata.total_num_frames} frames, more than {limit}: without sampling all would be kept; "
-            "pass num_frames or fps with do_sample_frames=True, or a larger max_frames"
+            f"the video has {metadata.total_num_frames} frames, more than {limit}: without sampling all would be "
+            "kept; pass num_frames or fps with do_sample_frames=True, or a larger max_frames"
         )
     return np.arange(metadata.total_num_frames)
 

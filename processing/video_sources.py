@@ -162,7 +162,7 @@ def _download(url: str, name: str, suffix: str) -> VideoSource:
     try:
         from huggingface_hub.utils import httpx  # the client that transformers itself uses
     except ImportError:
-        import httpx
+        import httpx  # type: ignore[no-redef]
     file = tempfile.NamedTemporaryFile(suffix=suffix[:8], delete=False)
     source = VideoSource(name, path=file.name, temporary=True)
     try:

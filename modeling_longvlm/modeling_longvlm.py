@@ -360,9 +360,6 @@ class LongVLMModel(LongVLMPreTrainedModel):
             videos_per_prompt(places, [len(tokens) for tokens in video_features.pooler_output])
             tokens = torch.cat(video_features.pooler_output).to(inputs_embeds.device, inputs_embeds.dtype)
             inputs_embeds = inputs_embeds.masked_scatter(places[..., None], tokens)
-        elif kwargs.get("past_key_values") is None and kwargs.get("cache") is None:
-            # With a cache this may be any later step, and a video that was given with the first.
-            videos_per_prompt(self.get_placeholder_mask(input_ids, inputs_embeds), [])
 
         outputs = self.language_model(
             attention_mask=attention_mask, position_ids=position_ids, inputs_embeds=inputs_embeds, **kwargs

@@ -1,0 +1,118 @@
+"""Peak memory and time of `longvlm ask` on an hour of video, against a minute of the same video.
+
+    python benchmarks/long_video.py [--hours 1] [--limit 1.2]
+
+Both are made on the spot (160 x 120, 10 frames a second, H.264), and each is asked about in a process of its own,
+whose peak memory the system counts. The model is untrained: its size is that of a small one, its frames are 224 x 224, and
+100 of them are taken. Exit code 1 if the hour takes more than `--limit` times the memory of the minute.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import av
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+FPS, WIDTH, HEIGHT = 10, 160, 120
+# Not in this process: what it holds when it starts a child would count as the child's peak.
+MAKE_MODEL = """
+import sys
+from tests.tiny_models import tiny_longvlm, tiny_vision_config
+
+vision = tiny_vision_config(image_size=224, hidden_size=192, intermediate_size=768, num_hidden_layers=6)
+model, processor = tiny_longvlm(
+    vision_config=vision, frames_per_segment=10, tokens_per_segment=30, num_global_layers=5
+)
+processor.video_processor.num_frames = 100
+model.save_pretrained(sys.argv[1])
+processor.save_pretrained(sys.argv[1])
+"""
+
+
+def write_video(path: Path, seconds: int) -> None:
+    """A square that runs over a slowly changing ground."""
+    picture = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=FPS, options={"preset": "ultrafast", "g": "250"})
+        stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
+        for index in range(seconds * FPS):
+            picture[:] = (index // 40 % 256, 80, 120)
+            left, top = index * 3 % (WIDTH - 20), index // 7 % (HEIGHT - 20)
+            picture[top : top + 20, left : left + 20] = (230, 220, 40)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+
+
+def ask(video: Path, model: Path) -> dict:
+    """Asks about `video` in a new process; `{"memory": bytes at its peak, "seconds": ..., "frames": ...}`."""
+    command = [sys.executable, "-m", "longvlm", "ask", str(video), "What moves?", "--model", str(model)]
+    start = time.perf_counter()
+    with tempfile.TemporaryFile("w+") as out:
+        child = subprocess.Popen(
+            [*command, "--json", "--quiet", "--max-new-tokens", "8"], stdout=out, cwd=ROOT, env=environment()
+        )
+        _, status, usage = os.wait4(child.pid, 0)
+        child.returncode = os.waitstatus_to_exitcode(status)
+        out.seek(0)
+        answer = out.read()
+    if child.returncode:
+        sys.exit(f"longvlm ask ended with exit code {child.returncode}")
+    unit = 1 if sys.platform == "darwin" else 1024
+    return {
+        "memory": usage.ru_maxrss * unit,
+        "seconds": time.perf_counter() - start,
+        "asking": json.loads(answer)["seconds"],
+        "frames": json.loads(answer)["frames"],
+    }
+
+
+def environment() -> dict[str, str]:
+    path = os.pathsep.join(part for part in (os.environ.get("PYTHONPATH"), str(ROOT)) if part)
+    return {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": path}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--hours", type=float, default=1.0)
+    parser.add_argument("--limit", type=float, default=1.2, help="largest ratio of the two peaks")
+    parser.add_argument("--json", action="store_true", help="the numbers as one JSON object")
+    options = parser.parse_args()
+
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        subprocess.run(
+            [sys.executable, "-c", MAKE_MODEL, str(root / "model")], check=True, cwd=ROOT, env=environment()
+        )
+        lengths = {"minute": 60, "long": round(options.hours * 3600)}
+        numbers = {}
+        for name, seconds in lengths.items():
+            video = root / f"{name}.mp4"
+            write_video(video, seconds)
+            # The first run also pays for reading torch from the disk: it is not counted.
+            runs = [ask(video, root / "model") for _ in range(2 if name == "minute" else 1)]
+            numbers[name] = {"length": seconds, **runs[-1]}
+
+    ratio = numbers["long"]["memory"] / numbers["minute"]["memory"]
+    if options.json:
+        print(json.dumps({**numbers, "ratio": ratio}))
+    else:
+        print(f"{'video':>10} {'frames taken':>13} {'peak memory':>12} {'whole run':>10} {'asking':>8}")
+        for row in numbers.values():
+            print(
+                f"{row['length']:8d} s {row['frames']:13d} {row['memory'] / 2**20:8.0f} MiB "
+                f"{row['seconds']:8.1f} s {row['asking']:6.1f} s"
+            )
+        print(f"memory: {ratio:.2f} times (limit {options.limit})")
+    if ratio > options.limit:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

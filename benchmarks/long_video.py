@@ -3,8 +3,8 @@
     python benchmarks/long_video.py [--hours 1] [--limit 1.2]
 
 Both are made on the spot (160 x 120, 10 frames a second, H.264), and each is asked about in a process of its own,
-whose peak memory the system counts. The model is untrained: its size is that of a small one, its frames are 224 x 224, and
-100 of them are taken. Exit code 1 if the hour takes more than `--limit` times the memory of the minute.
+whose peak memory the system counts. The model is a small untrained one with frames of 224 x 224, of which 100 are
+taken. Exit code 1 if the hour takes more than `--limit` times the memory of the minute.
 """
 
 import argparse

@@ -25,6 +25,7 @@ CODE = {
     "text_escaping.py",
     "token_merging.py",
     "video_decoding.py",
+    "video_index.py",
     "video_processing_longvlm.py",
     "video_sources.py",
 }

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 import longvlm
+from longvlm.convert_commands import convert
 
 app = typer.Typer(
     help="LongVLM: ask questions about long videos.",
@@ -20,6 +21,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+app.add_typer(convert, name="convert")
 
 DTYPE_HELP = "float32, bfloat16, float16, or auto: as saved."
 

@@ -155,6 +155,10 @@ class LongVLMPreTrainedModel(PreTrainedModel):
         """Encodes videos; see [`LongVLMModel.get_video_features`]."""
         return self.base_model.get_video_features(pixel_values_videos, num_frames=num_frames, **kwargs)
 
+    def encode_video(self, pieces: Iterable[Tensor]) -> LongVLMVideoFeatures:
+        """Encodes one video piece by piece; see [`LongVLMModel.encode_video`]."""
+        return self.base_model.encode_video(pieces)
+
 
 class LongVLMModel(LongVLMPreTrainedModel):
     """Vision tower, token merging, projector and LLM, without a language modelling head.
@@ -220,28 +224,44 @@ class LongVLMModel(LongVLMPreTrainedModel):
             "attentions": self.config.output_attentions if output_attentions is None else output_attentions,
         }
         kept: dict[str, list] = {name: [] for name, want in wanted.items() if want}
-        encoded = [
-            self._encode_video(video[:n], kept) for video, n in zip(pixel_values_videos, num_frames, strict=True)
-        ]
+        encoded = [self._encode([video[:n]], kept) for video, n in zip(pixel_values_videos, num_frames, strict=True)]
         local_features, global_features = zip(*encoded, strict=True)
         features = self._project({"local_features": local_features, "global_features": torch.stack(global_features)})
         for name, chunks in kept.items():
             features[name] = tuple(map(torch.cat, zip(*chunks, strict=True)))
         return features
 
-    def _encode_video(self, frames: Tensor, kept: dict[str, list]) -> tuple[Tensor, Tensor]:
-        """`(T, 3, H, W)` -> local features `(L, d)` and global features `(E, d)` of one video."""
+    def encode_video(self, pieces: Iterable[Tensor]) -> LongVLMVideoFeatures:
+        """
+        The features of ONE video that comes in pieces: constant memory for any number of frames.
+
+        Args:
+            pieces (iterable of `Tensor` of shape `(frames, 3, H, W)`): all frames in order of time, for example
+                `video_processor.iter_pixel_values(video)`. How they are cut changes nothing.
+
+        Returns:
+            [`LongVLMVideoFeatures`] of one video, equal to those of `get_video_features` for all frames at once.
+
+        Raises:
+            ValueError: if there is not a single frame.
+        """
+        local_features, global_features = self._encode(pieces, {})
+        return self._project({"local_features": (local_features,), "global_features": global_features[None]})
+
+    def _encode(self, pieces: Iterable[Tensor], kept: dict[str, list]) -> tuple[Tensor, Tensor]:
+        """Pieces `(frames, 3, H, W)` of a video -> its local features `(L, d)` and global features `(E, d)`."""
         k = self.config.frames_per_segment
         merged: list[Tensor] = []
         waiting: list[Tensor] = []  # patches of frames whose segment is not complete yet, (frames, N, d)
-        global_sum = 0
-        for chunk in frames.split(self.config.vision_chunk_frames):
+        global_sum, num_frames = 0, 0
+        for chunk in (chunk for piece in pieces for chunk in piece.split(self.config.vision_chunk_frames)):
             outputs = self._run_vision_tower(chunk, output_attentions="attentions" in kept)
             for name, chunks in kept.items():
                 chunks.append(outputs[name])
             patches, class_tokens = self._split_tokens(outputs.hidden_states, chunk)  # (c, N, d), (E, c, d)
             # In float32: a sum over thousands of frames would lose its small terms in half precision.
             global_sum = global_sum + class_tokens.float().sum(1)  # (E, d)
+            num_frames += len(chunk)
             waiting.append(patches)
             if sum(map(len, waiting)) >= k:
                 patches = torch.cat(waiting)
@@ -249,9 +269,11 @@ class LongVLMModel(LongVLMPreTrainedModel):
                 merged.append(self._merge(patches[:complete].unflatten(0, (-1, k))))
                 # A copy: a view would keep the whole chunk alive.
                 waiting = [patches[complete:].clone()] if complete < len(patches) else []
+        if not num_frames:
+            raise ValueError("A video needs one frame at least; none was given.")
         if waiting:
             merged.append(self._merge(torch.cat(waiting)[None]))  # the last segment may be short
-        return torch.cat(merged), (global_sum / len(frames)).to(patches.dtype)
+        return torch.cat(merged), (global_sum / num_frames).to(patches.dtype)
 
     def _run_vision_tower(self, frames: Tensor, output_attentions: bool) -> BaseModelOutputWithPooling:
         tower, kwargs = self.vision_tower, {}

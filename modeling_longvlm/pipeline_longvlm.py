@@ -27,10 +27,11 @@ _DEFAULT_MAX_NEW_TOKENS = 256
 
 
 class _Video(NamedTuple):
-    """One video on its way: its name in the cache, and its frames `(1, T, 3, H, W)` unless the cache had it."""
+    """One video on its way: its name in the cache (`None`: it has none), and how it is read."""
 
     key: Any
-    inputs: Any
+    source: Any
+    options: dict
 
 
 class VideoQuestionAnsweringPipeline(Pipeline):
@@ -57,7 +58,6 @@ class VideoQuestionAnsweringPipeline(Pipeline):
                 "A pipeline made from a model object also needs its processor: pipeline(..., processor=...)."
             )
         self.video_cache = VideoFeatureCache(video_cache_bytes)
-        self._decoded: dict[Any, _Video] = {}  # what the batch at work has decoded, so that it is done once a video
 
     def __call__(self, inputs=None, *, video=None, question=None, **kwargs):
         """
@@ -88,14 +88,13 @@ class VideoQuestionAnsweringPipeline(Pipeline):
             inputs = _pair_up(video, question)
         elif video is not None or question is not None:
             raise ValueError("Give inputs, or video= and question=, not both.")
-        self._decoded.clear()  # of a call that failed
         return super().__call__(inputs, **kwargs)
 
     def _sanitize_parameters(
         self, return_full_text=None, system=None, chat_template=None, progress=None, generate_kwargs=None, **kwargs
     ):
         video_options = {name: kwargs.pop(name) for name in _VIDEO_OPTIONS if name in kwargs}
-        preprocess = {"system": system, "chat_template": chat_template, "progress": progress, **video_options}
+        preprocess = {"system": system, "chat_template": chat_template, **video_options}
         forward = {"progress": progress, **kwargs, **(generate_kwargs or {})}
         postprocess = {"return_full_text": return_full_text}
         return tuple(
@@ -103,7 +102,7 @@ class VideoQuestionAnsweringPipeline(Pipeline):
             for params in (preprocess, forward, postprocess)
         )
 
-    def preprocess(self, inputs: dict, system=None, chat_template=None, progress=None, **video_options) -> dict:
+    def preprocess(self, inputs: dict, system=None, chat_template=None, **video_options) -> dict:
         if not isinstance(inputs, dict) or not {"video", "question"} <= inputs.keys():
             raise ValueError('An input must be a dict with "video" and "question", got ' + _describe(inputs) + ".")
         video, question = inputs["video"], inputs["question"]
@@ -119,22 +118,12 @@ class VideoQuestionAnsweringPipeline(Pipeline):
         prompt = self.processor.apply_chat_template(
             conversation, add_generation_prompt=True, tokenize=False, **options
         )
-        return {"prompt": prompt, "video": self._decode(video, video_options, progress)}
-
-    def _decode(self, video, video_options: dict, progress) -> _Video:
-        name = video_key(video)
-        # The same file seen by other settings is another video.
-        key = name and (name, repr(video_options), self.processor.video_processor.to_json_string(), self._method())
-        if self.video_cache.get(key) is not None:
-            return _Video(key, None)
-        if key is None or key not in self._decoded:
-            if progress is not None:
-                video_options = {**video_options, "progress": lambda done, total: progress("decode", done, total)}
-            decoded = self.processor.video_processor(videos=[video], return_tensors="pt", **video_options)
-            if key is None:
-                return _Video(None, decoded)
-            self._decoded[key] = _Video(key, decoded)
-        return self._decoded[key]
+        # The video is read in `_forward`, piece by piece: all frames of a long one would fill the memory.
+        key = video_key(video)
+        if key is not None:
+            # The same file seen by other settings is another video.
+            key = (key, repr(video_options), self.processor.video_processor.to_json_string(), self._method())
+        return {"prompt": prompt, "video": _Video(key, video, video_options)}
 
     def _method(self) -> str:
         """All settings of the model that its features depend on."""
@@ -147,8 +136,7 @@ class VideoQuestionAnsweringPipeline(Pipeline):
         batched = isinstance(prompts, list)  # the base class hands over a single input as it is
         prompts, videos = (prompts, videos) if batched else ([prompts], [videos])
 
-        features = [self._encode(_Video(*video), progress) for video in videos]
-        features = type(features[0]).cat(features)
+        features = self._features([_Video(*video) for video in videos], progress)
         global_tokens = self.model.config.num_global_tokens
         inputs = self.processor(
             text=prompts,
@@ -172,28 +160,43 @@ class VideoQuestionAnsweringPipeline(Pipeline):
         outputs = {"token_ids": generated, "prompt_length": [length] * len(prompts)}
         return outputs if batched else {name: value[0] for name, value in outputs.items()}
 
+    def _features(self, videos: list[_Video], progress):
+        """Of all videos in one; each is read and encoded once, whatever the cache holds."""
+        known: dict[Any, Any] = {}
+        features = []
+        for video in videos:
+            one = known.get(video.key) or self.video_cache.get(video.key) or self._encode(video, progress)
+            self.video_cache.put(video.key, one)
+            if video.key is not None:
+                known[video.key] = one
+            features.append(one)
+        return type(features[0]).cat(features)
+
     def _encode(self, video: _Video, progress):
-        features = self.video_cache.get(video.key)
-        if features is None:
-            inputs, done = video.inputs, 0
-            total = int(inputs["num_frames"].sum())
+        options = dict(video.options)
+        total = encoded = 0
 
-            def report(tower, args, kwargs, output):
-                nonlocal done
-                done += len(output[0])
-                progress("encode", done, total)
+        def on_read(done, all_frames):
+            nonlocal total
+            total = all_frames
+            progress("decode", done, total)
 
-            tower = self.model.base_model.vision_tower
-            hook = tower.register_forward_hook(report, with_kwargs=True) if progress is not None else None
-            try:
-                features = self.model.get_video_features(**inputs)
-            finally:
-                if hook is not None:
-                    hook.remove()
-            features = type(features).cat([features])  # what a question needs, and no more
-            self.video_cache.put(video.key, features)
-        self._decoded.pop(video.key, None)
-        return features
+        def on_encoded(tower, args, output):
+            nonlocal encoded
+            encoded += len(output[0])
+            progress("encode", encoded, total)
+
+        if progress is None:
+            return self._encode_pieces(video.source, options)
+        hook = self.model.base_model.vision_tower.register_forward_hook(on_encoded)
+        try:
+            return self._encode_pieces(video.source, {**options, "progress": on_read})
+        finally:
+            hook.remove()
+
+    def _encode_pieces(self, source, options: dict):
+        features = self.model.encode_video(self.processor.video_processor.iter_pixel_values(source, **options))
+        return type(features).cat([features])  # what a question needs, and no more
 
     def postprocess(self, model_outputs: dict, return_full_text: bool = False) -> dict:
         start = 0 if return_full_text else model_outputs["prompt_length"]

@@ -6,11 +6,16 @@
    decoded frame, and checks where it landed: some containers land late, where pictures would be wrong.
 4. Each frame is turned upright, converted to RGB and given at once to `transform` (resize), so that one frame per
    reader stands in memory at full size. Two readers share the targets.
+
+`decode_video` gives all of them together, `iter_video` in pieces, so that any number of frames fits.
 """
 
+import copy
 import os
 import threading
 import warnings
+from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -94,82 +99,136 @@ def decode_video(video, sample_indices_fn=None, *, transform=None, backend=None,
     Raises:
         VideoDecodeError: the video cannot be opened, or none of its frames can be read. One line.
     """
+    pieces = iter_video(
+        video,
+        sample_indices_fn,
+        transform=transform,
+        backend=backend,
+        num_workers=num_workers,
+        progress=progress,
+    )
+    (decoded,) = pieces
+    return decoded
+
+
+def iter_video(
+    video,
+    sample_indices_fn=None,
+    *,
+    frames_per_piece=None,
+    transform=None,
+    backend=None,
+    num_workers=None,
+    progress=None,
+) -> Iterator[DecodedVideo]:
+    """`decode_video` piece by piece: at most `frames_per_piece` frames at a time, in the order that was asked for.
+
+    The video is opened and its frames are indexed once. `metadata.frames_indices` are those of the piece; `progress`
+    counts over all pieces. Arguments and errors are those of `decode_video`; there is one piece at least.
+    """
     backend = backend or os.environ.get(BACKEND_VARIABLE) or "auto"
     if backend not in ("auto", "pyav", "torchcodec"):
         raise ValueError(f'video backend "{backend}" is not known; choose "auto", "pyav" or "torchcodec"')
-    job = _Job(sample_indices_fn, transform, backend, num_workers or min(MAX_WORKERS, os.cpu_count() or 1), progress)
+    num_workers = num_workers or min(MAX_WORKERS, os.cpu_count() or 1)
+    job = _Job(sample_indices_fn, transform, backend, num_workers, progress, frames_per_piece)
     with open_source(video) as source:
         if source.is_directory:
-            return _read_pictures(source, list_frame_files(source), job)
-        if source.is_picture:
-            return _read_pictures(source, [source.path], job)
-        if av is None:
+            yield from _read_pictures(source, list_frame_files(source), job)
+        elif source.is_picture:
+            yield from _read_pictures(source, [source.path], job)
+        elif av is None:
             raise ImportError("decoding video needs PyAV, which is not installed; run: pip install av")
-        return _decode_file(source, job)
+        else:
+            yield from _decode_file(source, job)
 
 
 @dataclass
 class _Job:
-    """The options of `decode_video`, passed along."""
+    """The options of `iter_video`, passed along."""
 
     sample_indices_fn: Any
     transform: Any
     backend: str
     num_workers: int
     progress: Any
+    frames_per_piece: int | None
+    done: int = 0
+    total: int = 0
 
     def choose(self, metadata: FrameMetadata) -> list[int]:
         total = metadata.total_num_frames
         if self.sample_indices_fn is None:
-            return list(range(total))
-        chosen = [int(i) for i in self.sample_indices_fn(metadata=metadata)]
+            chosen = list(range(total))
+        else:
+            chosen = [int(i) for i in self.sample_indices_fn(metadata=metadata)]
         if chosen and not 0 <= min(chosen) <= max(chosen) < total:
             raise ValueError(f"frame indices {min(chosen)} to {max(chosen)} were asked of a video of {total} frames")
+        self.done, self.total = 0, len(chosen)
         return chosen
+
+    def pieces(self, chosen: list[int]) -> list[list[int]]:
+        size = self.frames_per_piece or max(len(chosen), 1)
+        return [chosen[start : start + size] for start in range(0, max(len(chosen), 1), size)]
+
+    def count(self, frames: int) -> None:
+        self.done += frames
+        if self.progress:
+            self.progress(self.done, self.total)
 
 
 # --- pictures ---
 
 
-def _read_pictures(source: VideoSource, files: list[str], job: _Job) -> DecodedVideo:
+def _read_pictures(source: VideoSource, files: list[str], job: _Job) -> Iterator[DecodedVideo]:
     name = None if source.is_directory else source.name
     height, width = read_picture(files[0], name).shape[:2]
     metadata = FrameMetadata(total_num_frames=len(files), width=width, height=height, video_backend="pillow")
-    chosen = job.choose(metadata)
-    targets = sorted(set(chosen))
-    frames = {}
-    for target in targets:
-        frame = read_picture(files[target], name)
-        frames[target] = job.transform(frame) if job.transform else frame
-        if job.progress:
-            job.progress(len(frames), len(targets))
-    metadata.frames_indices = chosen
-    return DecodedVideo([frames[i] for i in chosen], metadata)
+    for piece in job.pieces(job.choose(metadata)):
+        frames = {}
+        for target, times in sorted(Counter(piece).items()):
+            frame = read_picture(files[target], name)
+            frames[target] = job.transform(frame) if job.transform else frame
+            job.count(times)
+        yield _piece(frames, piece, metadata)
+
+
+def _piece(frames: dict[int, Any], asked: list[int], metadata: FrameMetadata) -> DecodedVideo:
+    metadata = copy.copy(metadata)
+    metadata.frames_indices = [i for i in asked if i in frames]
+    return DecodedVideo([frames[i] for i in metadata.frames_indices], metadata)
 
 
 # --- decoding ---
 
 
-def _decode_file(source: VideoSource, job: _Job) -> DecodedVideo:
+def _decode_file(source: VideoSource, job: _Job) -> Iterator[DecodedVideo]:
+    index, metadata = _open_index(source, allow_header=True)
+    chosen = job.choose(metadata)
+    pieces = job.pieces(chosen)
+    frames = _read_frames(source, index, pieces[0], metadata, job) if len(pieces) == 1 else {}
+    if len(frames) < len(set(chosen)) and index.from_header:
+        # The header did not tell the truth, or nobody can go back once pieces were given away: count packets, and
+        # choose anew among the frames that exist.
+        index, metadata = _open_index(source, allow_header=False)
+        chosen = job.choose(metadata)
+        pieces, frames = job.pieces(chosen), {}
+    asked = read = 0
+    for piece in pieces:
+        frames = frames or _read_frames(source, index, piece, metadata, job)
+        asked, read = asked + len(set(piece)), read + len(frames)
+        if frames or not piece:
+            yield _piece(frames, piece, metadata)
+        frames = {}
+    if chosen and not read:
+        raise VideoDecodeError(f"{source.name}: none of the {len(set(chosen))} frames asked for can be decoded")
+    _warn_of_losses(source, index, asked, read)
+
+
+def _open_index(source: VideoSource, allow_header: bool) -> tuple[FrameIndex, FrameMetadata]:
     container, stream = open_container(source)
     with container:
-        index = index_frames(source, container, stream, allow_header=True)
-        metadata = _describe(index, container, stream)
-    chosen = job.choose(metadata)
-    frames = _read_frames(source, index, chosen, metadata, job)
-    if len(frames) < len(set(chosen)) and index.from_header:
-        # The header does not tell the truth: count packets, and choose anew among the frames that exist.
-        container, stream = open_container(source)
-        with container:
-            index = index_frames(source, container, stream, allow_header=False)
-            metadata = _describe(index, container, stream)
-        chosen = job.choose(metadata)
-        frames = _read_frames(source, index, chosen, metadata, job)
-    if chosen and not frames:
-        raise VideoDecodeError(f"{source.name}: none of the {len(set(chosen))} frames asked for can be decoded")
-    _warn_of_losses(source, index, len(set(chosen)), len(frames))
-    metadata.frames_indices = [i for i in chosen if i in frames]
-    return DecodedVideo([frames[i] for i in metadata.frames_indices], metadata)
+        index = index_frames(source, container, stream, allow_header=allow_header)
+        return index, _describe(index, container, stream)
 
 
 def _describe(index: FrameIndex, container, stream) -> FrameMetadata:
@@ -218,7 +277,8 @@ def _read_frames(source: VideoSource, index: FrameIndex, chosen, metadata: Frame
 
 
 def _read_with(reader_class, source: VideoSource, index: FrameIndex, chosen, metadata, job: _Job) -> dict[int, Any]:
-    targets = sorted(set(chosen))
+    times = Counter(chosen)
+    targets = sorted(times)
     frames: dict[int, Any] = {}
     lock = threading.Lock()
 
@@ -232,8 +292,7 @@ def _read_with(reader_class, source: VideoSource, index: FrameIndex, chosen, met
                 frame = job.transform(rgb) if job.transform else rgb
                 with lock:
                     frames[position] = frame
-                    if job.progress:
-                        job.progress(len(frames), len(targets))
+                    job.count(times[position])
 
     workers = job.num_workers if source.can_open_twice else 1
     parts = _split_at_keyframes(targets, index, workers)

@@ -7,7 +7,8 @@ by `video_decoding`: only the frames that are needed, each resized as soon as it
 Frame rule: the released code's, at the middle of equal ranges of the video (paper section 4.1: 100 frames).
 """
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, PILImage
 from transformers.processing_utils import VideosKwargs
 from transformers.video_processing_utils import BaseVideoProcessor
 
-from .video_decoding import DecodedVideo, FrameMetadata, decode_video
+from .video_decoding import DecodedVideo, FrameMetadata, decode_video, iter_video
 from .video_sources import picture_to_rgb, read_picture
 
 PRESETS = {
@@ -184,7 +185,7 @@ class LongVLMVideoProcessor(BaseVideoProcessor):
                 of pictures, a list of frames (Pillow, NumPy, torch; any size, also grey or RGBA, alpha is
                 dropped), or an array `(T, H, W, C)`, `(T, C, H, W)` or, grey, `(T, H, W)`. A 5D array is a batch.
                 Pixel values are 0 to 255; floats that all lie within 0 to 1 are taken as already rescaled.
-            progress: called as `progress(done, total)` with the frames decoded of the video at work.
+            progress: called as `progress(done, total)` with the frames read of the video at work.
             video_metadata: of each video that is given as frames: its own `fps`, `total_num_frames`, and in
                 `frames_indices` where the frames given come from. A dict or `VideoMetadata`, or a list of them.
             kwargs: any option of the processor; `num_frames` and `fps` exclude each other.
@@ -202,7 +203,7 @@ class LongVLMVideoProcessor(BaseVideoProcessor):
         options = self._options(kwargs)
         sources = flatten_videos(videos)
         metadata = _match_metadata(metadata, len(sources))
-        decoded = [self._load(*pair, options, progress) for pair in zip(sources, metadata, strict=True)]
+        decoded = [next(self._load(*pair, options, progress)) for pair in zip(sources, metadata, strict=True)]
 
         counts = torch.tensor([len(video.frames) for video in decoded])
         pixels = self._stack(decoded, int(counts.max()), options)
@@ -210,6 +211,31 @@ class LongVLMVideoProcessor(BaseVideoProcessor):
         if options["return_metadata"]:
             features["video_metadata"] = [video.metadata for video in decoded]
         return features
+
+    def iter_pixel_values(
+        self, video, *, frames_per_piece: int = 128, progress=None, **kwargs
+    ) -> Iterator[torch.Tensor]:
+        """
+        One video piece by piece, for a video of any length in constant memory: the pieces together are what
+        `preprocess` gives for it.
+
+        Args:
+            video: as in `preprocess`.
+            frames_per_piece: the most frames of a piece.
+            progress, kwargs: as in `preprocess`.
+        Yields:
+            float32 `(frames, 3, H, W)`.
+        Raises:
+            VideoDecodeError: the video cannot be read.
+        """
+        if frames_per_piece < 1:
+            raise ValueError(f"frames_per_piece must be at least 1, got {frames_per_piece}")
+        metadata = kwargs.pop("video_metadata", None)
+        options = self._options(kwargs)
+        sources = flatten_videos([video])
+        (metadata,) = _match_metadata(metadata, len(sources))
+        for piece in self._load(sources[0], metadata, options, progress, frames_per_piece):
+            yield self._stack([piece], len(piece.frames), options)[0]
 
     def fetch_videos(self, video_url_or_urls, sample_indices_fn=None):
         """Decode one video or a list of them: `(uint8 (T, 3, H, W), FrameMetadata)`, or a list of each."""
@@ -230,8 +256,10 @@ class LongVLMVideoProcessor(BaseVideoProcessor):
         options["num_frames"], options["fps"] = kwargs.get("num_frames"), kwargs.get("fps")
         return self._standardize_kwargs(**options)
 
-    def _load(self, video, metadata: Mapping | None, options: dict, progress) -> DecodedVideo:
-        """-> frames uint8 or float32 `(3, H, W)`, already resized."""
+    def _load(
+        self, video, metadata: Mapping | None, options: dict, progress, frames_per_piece: int | None = None
+    ) -> Iterator[DecodedVideo]:
+        """-> frames uint8 or float32 `(3, H, W)`, already resized; all in one piece unless asked otherwise."""
 
         def choose(metadata):
             if not options["do_sample_frames"]:
@@ -243,17 +271,31 @@ class LongVLMVideoProcessor(BaseVideoProcessor):
             return self._resize_frame(_channels_first(frame), options)
 
         if _is_encoded(video):
-            return decode_video(
-                video, choose, transform=resize, backend=options["decoding_backend"], progress=progress
+            yield from iter_video(
+                video,
+                choose,
+                frames_per_piece=frames_per_piece,
+                transform=resize,
+                backend=options["decoding_backend"],
+                progress=progress,
             )
+            return
         frames = _as_frame_list(video, options["input_data_format"])
         described, source = _describe_frames(frames, metadata)
         positions = choose(described) if options["do_sample_frames"] else range(len(frames))
         if source.frames_indices is not None:
             source.frames_indices = [int(source.frames_indices[i]) for i in positions]
         scale = 255.0 if options["do_rescale"] and _are_unit_floats(frames) else None
-        resized = {i: resize(_to_rgb(frames[i], options["input_data_format"], scale)) for i in set(positions)}
-        return DecodedVideo([resized[i] for i in positions], source)
+        size = frames_per_piece or max(len(positions), 1)
+        for start in range(0, max(len(positions), 1), size):
+            piece = copy.copy(source)
+            taken = positions[start : start + size]
+            if source.frames_indices is not None:
+                piece.frames_indices = source.frames_indices[start : start + size]
+            resized = {i: resize(_to_rgb(frames[i], options["input_data_format"], scale)) for i in set(taken)}
+            if progress is not None:
+                progress(start + len(taken), len(positions))
+            yield DecodedVideo([resized[i] for i in taken], piece)
 
     def _resize_frame(self, frame: torch.Tensor, options: dict) -> torch.Tensor:
         """`(3, h, w)` -> `(3, H, W)`."""

@@ -111,6 +111,22 @@ def test_chunks_change_nothing(chunk):
     torch.testing.assert_close(parts.last_hidden_state, whole.last_hidden_state, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("cuts", [[23], [1, 22], [7, 9, 7], [1] * 23])
+def test_a_video_in_pieces_is_the_video(cuts):
+    model = golden_clip_model()
+    pixels = noise_video(23)
+    whole = model.get_video_features(pixels)
+    pieces = model.encode_video(iter(pixels[0].split(cuts)))
+    torch.testing.assert_close(pieces.last_hidden_state, whole.last_hidden_state, atol=1e-5, rtol=0)
+    torch.testing.assert_close(pieces.pooler_output[0], whole.pooler_output[0], atol=1e-5, rtol=0)
+
+
+def test_a_video_without_a_piece_is_refused():
+    model, _ = tiny_longvlm()
+    with pytest.raises(ValueError, match="one frame at least"):
+        model.encode_video([])
+
+
 def test_the_vision_tower_sees_a_bounded_number_of_frames():
     model, _ = tiny_longvlm(vision_chunk_frames=3)
     seen = []

@@ -85,7 +85,7 @@ def test_a_second_question_encodes_nothing(pipe, films, encoded, monkeypatch):
     def no_decoding(*args, **kwargs):
         raise AssertionError("decoded again")
 
-    monkeypatch.setattr(type(pipe.processor.video_processor), "preprocess", no_decoding)
+    monkeypatch.setattr(type(pipe.processor.video_processor), "iter_pixel_values", no_decoding)
     again = pipe(video=films[0], question="Second?", **SHORT)
     assert sum(encoded) == 8
     pipe.video_cache.clear()

@@ -394,3 +394,41 @@ def test_the_saved_folder_loads_as_remote_code(tmp_path, video_file):
     assert code == {"video_processing_longvlm.py", "video_decoding.py", "video_index.py", "video_sources.py"}
     loaded = AutoVideoProcessor.from_pretrained(tmp_path, trust_remote_code=True)
     assert numbers(loaded(video_file)) == [25, 74, 124]
+
+
+# --- piece by piece ---
+
+
+@pytest.mark.parametrize("size", [1, 7, 40, 1000])
+def test_the_pieces_of_a_video_are_the_video(video_file, size):
+    processor = LongVLMVideoProcessor(num_frames=40)
+    whole = processor(video_file, return_tensors="pt")["pixel_values_videos"][0]
+    pieces = list(processor.iter_pixel_values(video_file, frames_per_piece=size))
+    assert [len(piece) for piece in pieces[:-1]] == [size] * (len(pieces) - 1) and len(pieces[-1]) <= size
+    assert torch.equal(torch.cat(pieces), whole)
+
+
+@pytest.mark.parametrize(
+    "options", [{"fps": 10}, {"num_frames": 200, "short_video": "stretch"}, {"num_frames": 7}], ids=str
+)
+def test_pieces_follow_the_options_and_tell_progress(video_file, uneven_file, options):
+    processor = LongVLMVideoProcessor()
+    for video in (video_file, uneven_file, stack(*range(20))):
+        if "fps" in options and not isinstance(video, str):
+            continue  # frames without times
+        told = []
+        whole = processor(video, return_tensors="pt", **options)["pixel_values_videos"][0]
+        report = {"progress": lambda *step: told.append(step)}  # noqa: B023
+        pieces = list(processor.iter_pixel_values(video, frames_per_piece=6, **report, **options))
+        assert torch.equal(torch.cat(pieces), whole)
+        assert told[-1] == (len(whole), len(whole)) and told == sorted(told)
+
+
+def test_a_video_may_be_left_after_a_piece(video_file):
+    with open(video_file, "rb") as file:
+        pieces = LongVLMVideoProcessor(num_frames=30).iter_pixel_values(file, frames_per_piece=10)
+        assert len(next(pieces)) == 10
+        pieces.close()
+        assert not file.closed  # it is the caller's
+    with pytest.raises(ValueError, match="frames_per_piece"):
+        next(LongVLMVideoProcessor().iter_pixel_values(video_file, frames_per_piece=0))

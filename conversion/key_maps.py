@@ -32,6 +32,45 @@ TO_MM_PROJECTOR = {
     PROJECTOR + "linear_1.bias": "model.mm_projector.bias",
 }
 
+# LlavaForConditionalGeneration of transformers: as its files have it, and as it is named in memory since 4.52.
+LLAVA_TRANSFORMERS: KeyMap = (
+    (r"^(?:model\.)?vision_tower\.(?:vision_model\.)?(.+)$", VISION + r"\1"),
+    (r"^(?:model\.)?multi_modal_projector\.(linear_[12]\.(?:weight|bias))$", PROJECTOR + r"\1"),
+    (r"^language_model\.model\.(.+)$", LLM + r"\1"),
+    (r"^model\.language_model\.(.+)$", LLM + r"\1"),
+    (r"^(?:language_model\.)?(lm_head\.(?:weight|bias))$", r"\1"),
+)
+
+# LlavaLlamaForCausalLM and VideoChatGPTLlamaForCausalLM of the original repositories.
+LLAVA_ORIGINAL: KeyMap = (
+    (r"rotary_emb\.inv_freq$", None),  # computed anew
+    (r"^model\.mm_projector\.(weight|bias)$", PROJECTOR + r"linear_1.\1"),  # Lightning, Video-ChatGPT: linear
+    (r"^model\.mm_projector\.0\.(weight|bias)$", PROJECTOR + r"linear_1.\1"),  # 1.5: linear, GELU, linear
+    (r"^model\.mm_projector\.2\.(weight|bias)$", PROJECTOR + r"linear_2.\1"),
+    (r"^model\.vision_tower\.(?:vision_tower\.)?(?:vision_model\.)?(.+)$", VISION + r"\1"),  # where it was trained
+    (r"^(lm_head\.(?:weight|bias))$", r"\1"),
+    (r"^model\.(embed_tokens\.weight|norm\.weight|layers\..+)$", LLM + r"\1"),
+)
+
+# open_clip's own ViT, without the "visual." in front -> CLIPVisionModel of transformers.
+OPEN_CLIP_VISION: KeyMap = (
+    (r"^proj$", None),  # from the pooled output to the space shared with text: not part of the tower
+    (r"^class_embedding$", "embeddings.class_embedding"),
+    (r"^positional_embedding$", "embeddings.position_embedding.weight"),
+    (r"^conv1\.weight$", "embeddings.patch_embedding.weight"),
+    (r"^ln_pre\.(weight|bias)$", r"pre_layrnorm.\1"),  # transformers' spelling
+    (r"^ln_post\.(weight|bias)$", r"post_layernorm.\1"),
+    (r"^transformer\.resblocks\.(\d+)\.ln_([12])\.(weight|bias)$", r"encoder.layers.\1.layer_norm\2.\3"),
+    (r"^transformer\.resblocks\.(\d+)\.attn\.out_proj\.(weight|bias)$", r"encoder.layers.\1.self_attn.out_proj.\2"),
+    # One tensor here, three there: q, k and v, in this order, take the place of QKV.
+    (r"^transformer\.resblocks\.(\d+)\.attn\.in_proj_(weight|bias)$", r"encoder.layers.\1.self_attn.QKV_proj.\2"),
+    (r"^transformer\.resblocks\.(\d+)\.mlp\.c_fc\.(weight|bias)$", r"encoder.layers.\1.mlp.fc1.\2"),
+    (r"^transformer\.resblocks\.(\d+)\.mlp\.c_proj\.(weight|bias)$", r"encoder.layers.\1.mlp.fc2.\2"),
+    # Layer scale: a factor for each channel of what a block adds, folded into the linear layer before it.
+    (r"^transformer\.resblocks\.(\d+)\.ls_1\.gamma$", r"encoder.layers.\1.self_attn.out_proj.SCALE"),
+    (r"^transformer\.resblocks\.(\d+)\.ls_2\.gamma$", r"encoder.layers.\1.mlp.fc2.SCALE"),
+)
+
 
 def map_key(name: str, table: KeyMap) -> str | None:
     """The new name; `None`: left out on purpose.

@@ -66,10 +66,16 @@ class LanguagePart:
 def load_vision(source: str | Path, *, dtype: torch.dtype | None = None) -> VisionPart:
     """Loads the encoder in `source`: any encoder of `AutoModel`, or the vision tower of a model that has one (CLIP).
 
+    `open_clip:ViT-L-14/TAG_OR_FILE` is a model of open_clip: see `openclip_vision.py`.
+
     Raises:
         ValueError: what lies there has no vision encoder, or lacks some of its weights.
         OSError: nothing can be loaded from there.
     """
+    if str(source).startswith("open_clip:"):
+        from longvlm.conversion.openclip_vision import load_open_clip_by_name
+
+        return load_open_clip_by_name(str(source), dtype=dtype)
     config = AutoConfig.from_pretrained(source)
     tower = getattr(config, "vision_config", None) or config
     if type(tower) not in MODEL_MAPPING or not hasattr(tower, "patch_size"):

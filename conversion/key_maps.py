@@ -34,6 +34,7 @@ TO_MM_PROJECTOR = {
 
 # LlavaForConditionalGeneration of transformers: as its files have it, and as it is named in memory since 4.52.
 LLAVA_TRANSFORMERS: KeyMap = (
+    (r"(rotary_emb\.inv_freq|embeddings\.position_ids)$", None),  # constants that older files carry
     (r"^(?:model\.)?vision_tower\.(?:vision_model\.)?(.+)$", VISION + r"\1"),
     (r"^(?:model\.)?multi_modal_projector\.(linear_[12]\.(?:weight|bias))$", PROJECTOR + r"\1"),
     (r"^language_model\.model\.(.+)$", LLM + r"\1"),
@@ -43,7 +44,7 @@ LLAVA_TRANSFORMERS: KeyMap = (
 
 # LlavaLlamaForCausalLM and VideoChatGPTLlamaForCausalLM of the original repositories.
 LLAVA_ORIGINAL: KeyMap = (
-    (r"rotary_emb\.inv_freq$", None),  # computed anew
+    (r"(rotary_emb\.inv_freq|embeddings\.position_ids)$", None),
     (r"^model\.mm_projector\.(weight|bias)$", PROJECTOR + r"linear_1.\1"),  # Lightning, Video-ChatGPT: linear
     (r"^model\.mm_projector\.0\.(weight|bias)$", PROJECTOR + r"linear_1.\1"),  # 1.5: linear, GELU, linear
     (r"^model\.mm_projector\.2\.(weight|bias)$", PROJECTOR + r"linear_2.\1"),

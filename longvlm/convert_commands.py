@@ -116,6 +116,83 @@ def to_original_command(
     print(out)
 
 
+@convert.command("open-clip")
+def open_clip_command(
+    model: Annotated[str, typer.Option(help="open_clip's name of the architecture: ViT-L-14, ViT-B-32-quickgelu...")],
+    pretrained: Annotated[str, typer.Option(metavar="TAG_OR_FILE", help="A tag that open_clip downloads, or a file.")],
+    out: Annotated[Path, typer.Option(help=OUT_HELP)],
+    dtype: Annotated[Dtype, typer.Option(help="Of the weights; auto: as they are.")] = Dtype.auto,
+    allow_torchscript: Annotated[
+        bool, typer.Option("--allow-torchscript", help="Read a TorchScript archive too; it can run code.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what lies in --out.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")] = False,
+) -> None:
+    """The vision tower of an open_clip model, with its preprocessing, for `longvlm assemble --vision`."""
+    from longvlm.conversion.openclip_vision import convert_open_clip
+
+    _only_our_own_lines()
+    convert_open_clip(
+        model,
+        out,
+        pretrained=pretrained,
+        dtype=dtype.value,
+        allow_torchscript=allow_torchscript,
+        overwrite=overwrite,
+        progress=_progress(quiet) or (lambda step: None),
+    )
+    print(out)
+
+
+@convert.command("llava")
+def llava_command(
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="LLaVA-1.5, LLaVA-Lightning or Video-ChatGPT.")],
+    out: Annotated[Path, typer.Option(help=OUT_HELP)],
+    vision: Annotated[
+        str | None, typer.Option(help="Vision encoder, where not the one that SOURCE holds or names.")
+    ] = None,
+    base: Annotated[str | None, typer.Option(help="Where SOURCE is a delta: the LLaMA it is added to.")] = None,
+    projector: Annotated[
+        Path | None, typer.Option(help="A projector saved alone, such as video_chatgpt-7B.bin, in place of SOURCE's.")
+    ] = None,
+    dtype: Annotated[Dtype, typer.Option(help="Of the weights; auto: the language model's own.")] = Dtype.auto,
+    num_frames: Annotated[int | None, typer.Option(min=1, help="Frames taken from a video (100).")] = None,
+    frames_per_segment: Annotated[int, typer.Option(help="K.")] = 10,
+    tokens_per_segment: Annotated[int, typer.Option(help="M: tokens that a segment is merged into.")] = 30,
+    global_tokens: Annotated[
+        bool, typer.Option("--global-tokens", help="Put [CLS] tokens in front, which the projector has never seen.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what lies in --out.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")] = False,
+) -> None:
+    """A LLaVA becomes a LongVLM without training: its projector, its language model, merged video tokens."""
+    from longvlm.conversion.llava import convert_llava
+
+    _only_our_own_lines()
+    convert_llava(
+        source,
+        out,
+        vision=vision,
+        base=base,
+        projector=projector,
+        dtype=dtype.value,
+        video_options=None if num_frames is None else {"num_frames": num_frames},
+        frames_per_segment=frames_per_segment,
+        tokens_per_segment=tokens_per_segment,
+        global_placement="prefix" if global_tokens else "none",
+        overwrite=overwrite,
+        progress=_progress(quiet) or (lambda step: None),
+    )
+    print(out)
+
+
+def _only_our_own_lines() -> None:
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
 def _progress(quiet: bool) -> Callable[[str], None] | None:
     """Called with a line for each step; `None`: no lines and no bars."""
     return None if quiet else (lambda step: print(step, file=sys.stderr, flush=True))

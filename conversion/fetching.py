@@ -1,0 +1,41 @@
+"""A folder with the files of a model: the folder itself, or what the Hub has under that id.
+
+Only what a converter reads is fetched: configuration, tokenizer, and the weights in one format.
+"""
+
+from pathlib import Path
+
+from huggingface_hub import list_repo_files, snapshot_download
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import OfflineModeIsEnabled
+
+FILES = ["*.json", "*.model", "*.safetensors", "*.bin"]
+
+
+def local_folder(source: str | Path) -> Path:
+    """`source` as a folder of this machine.
+
+    Raises:
+        ValueError: neither a folder nor the id of a model.
+        OSError: the Hub has no such model, or cannot be reached.
+    """
+    path = Path(source)
+    if path.is_dir():
+        return path
+    if path.is_file():
+        raise ValueError(f"{path} is a file; give the folder that it lies in")
+    try:
+        try:
+            names = list_repo_files(str(source))
+        except OfflineModeIsEnabled:
+            names = []
+        unused = ["*.bin"] if any(name.endswith(".safetensors") for name in names) else []
+        return Path(snapshot_download(str(source), allow_patterns=FILES, ignore_patterns=unused))
+    except HFValidationError:
+        raise ValueError(f"{source} is no folder, and cannot be the id of a model on the Hub") from None
+
+
+def short_name(source: str | Path) -> str:
+    """A Hub id as it is; of a local folder its last part, so that no path of this machine is published."""
+    path = Path(source)
+    return path.resolve().name if path.exists() else str(source)

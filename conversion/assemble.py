@@ -15,7 +15,14 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from longvlm.conversion.output_folder import check_free, output_folder
-from longvlm.conversion.parts import LanguagePart, VisionPart, load_language, load_vision, untrained_vision
+from longvlm.conversion.parts import (
+    LanguagePart,
+    VisionPart,
+    as_dtype,
+    load_language,
+    load_vision,
+    untrained_vision,
+)
 from longvlm.registration import (
     LongVLMConfig,
     LongVLMForConditionalGeneration,
@@ -69,7 +76,7 @@ def assemble(
     out = check_free(out, overwrite=overwrite)
     if (vision is None) == (vision_config is None):
         raise ValueError("give either a vision encoder or a vision config")
-    torch_dtype = _as_dtype(dtype)
+    torch_dtype = as_dtype(dtype)
 
     progress("loading the language model")
     language_part = load_language(language, gguf_file=gguf_file, dtype=torch_dtype)
@@ -82,13 +89,13 @@ def assemble(
         vision_part = load_vision(vision, dtype=torch_dtype)
 
     progress("putting them together")
-    questions = _probe(language_part)
+    questions = probe(language_part)
     model, processor = join(
         vision_part, language_part, image_size=image_size, video_options=video_options, seed=seed, **method
     )
     progress("checking")
-    _check_text(model, type(language_part.model).__name__, *questions)
-    _check_video(model, processor)
+    check_text(model, type(language_part.model).__name__, *questions)
+    check_video(model, processor)
 
     progress("writing")
     with output_folder(out, overwrite=overwrite) as folder:
@@ -215,7 +222,7 @@ def _place_parts(config: LongVLMConfig, vision, llm, seed: int) -> LongVLMForCon
 
 
 @torch.no_grad()
-def _probe(language: LanguagePart) -> tuple[torch.Tensor, torch.Tensor]:
+def probe(language: LanguagePart) -> tuple[torch.Tensor, torch.Tensor]:
     """A text and the language model's own logits for it, before anything is changed."""
     text = "A man opens the door of a car, looks around, and walks to the sea. What does he do first?"
     ids = language.tokenizer(text, return_tensors="pt").input_ids
@@ -223,7 +230,7 @@ def _probe(language: LanguagePart) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @torch.no_grad()
-def _check_text(model, language_class: str, input_ids: torch.Tensor, expected: torch.Tensor) -> None:
+def check_text(model, language_class: str, input_ids: torch.Tensor, expected: torch.Tensor) -> None:
     config = model.config
     video_token_ids = (config.video_token_id, config.video_start_token_id, config.video_end_token_id)
     logits = model(input_ids=input_ids).logits[..., : expected.shape[-1]].float()
@@ -245,7 +252,7 @@ def _check_text(model, language_class: str, input_ids: torch.Tensor, expected: t
 
 
 @torch.no_grad()
-def _check_video(model, processor) -> None:
+def check_video(model, processor) -> None:
     """One pass with a short generated clip: every part must fit every other."""
     size = processor.video_processor.size
     frames = torch.randint(0, 256, (2, 3, size["height"], size["width"]), dtype=torch.uint8)
@@ -253,14 +260,3 @@ def _check_video(model, processor) -> None:
     inputs["pixel_values_videos"] = inputs["pixel_values_videos"].to(model.dtype)
     if not torch.isfinite(model(**inputs).logits).all():
         raise ValueError("the assembled model gives values that are not finite for a video; try a wider dtype")
-
-
-def _as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    if dtype is None or isinstance(dtype, torch.dtype):
-        return dtype
-    if dtype == "auto":
-        return None
-    value = getattr(torch, dtype, None)
-    if not isinstance(value, torch.dtype) or not value.is_floating_point:
-        raise ValueError(f'dtype "{dtype}" is not known; use float32, bfloat16 or float16')
-    return value

@@ -19,7 +19,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, PILImage
 
 from longvlm.conversion.key_maps import OPEN_CLIP_VISION, map_key
 from longvlm.conversion.output_folder import check_free, output_folder
-from longvlm.conversion.parts import VisionPart
+from longvlm.conversion.parts import VisionPart, as_dtype
 from longvlm.conversion.weight_files import WeightFiles
 
 PREFIX = "open_clip:"
@@ -58,7 +58,7 @@ def convert_open_clip(
     out: str | Path,
     *,
     pretrained: str | Path | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     allow_torchscript: bool = False,
     overwrite: bool = False,
     progress: Callable[[str], None] = lambda step: None,
@@ -72,7 +72,7 @@ def convert_open_clip(
             state dict that `torch.save` has written. A tag also says which activation and which preprocessing the
             weights were trained with; beside a file, an `open_clip_config.json` does. A file without one is taken to
             be as the architecture's name says, with OpenAI's mean and standard deviation.
-        dtype: of the weights; `None`: as they are (float32 if they are of several).
+        dtype: of the weights; `None` or "auto": as they are (float32 if they are of several).
         allow_torchscript: also read a TorchScript archive, as OpenAI's first `.pt` files are. It can run code.
         overwrite: replace a folder that is not empty.
         progress: called with one line per step.
@@ -87,7 +87,7 @@ def convert_open_clip(
     """
     out = check_free(out, overwrite=overwrite)
     progress("reading the vision tower")
-    part = load_open_clip(model, pretrained, dtype=dtype, allow_torchscript=allow_torchscript)
+    part = load_open_clip(model, pretrained, dtype=as_dtype(dtype), allow_torchscript=allow_torchscript)
     progress("writing")
     # Only the name of a tag means anything to somebody else.
     part.model.config._name_or_path = part.name

@@ -96,7 +96,7 @@ def load_vision(source: str | Path, *, dtype: torch.dtype | None = None) -> Visi
             f"{source} lacks {len(missing)} weights of {type(model).__name__}, for example {missing[0]}; "
             "give a folder or Hub id of a whole vision encoder"
         )
-    return VisionPart(model.eval(), _short_name(source), _image_options(source, tower))
+    return VisionPart(model.eval(), _short_name(source), image_options(source, tower))
 
 
 def untrained_vision(config: str | Path | dict, *, dtype: torch.dtype | None = None, seed: int = 0) -> VisionPart:
@@ -169,7 +169,20 @@ def _forget_quantisation_of_gguf(model: PreTrainedModel) -> None:
     del model.config.quantization_config
 
 
-def _image_options(source: str | Path, config) -> dict[str, Any]:
+def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """A dtype by its name; `None` for "auto"."""
+    if dtype is None or isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype == "auto":
+        return None
+    value = getattr(torch, dtype, None)
+    if not isinstance(value, torch.dtype) or not value.is_floating_point:
+        raise ValueError(f'dtype "{dtype}" is not known; use float32, bfloat16 or float16')
+    return value
+
+
+def image_options(source: str | Path, config) -> dict[str, Any]:
+    """How pictures are prepared for the encoder in `source`: as its image processor says, or as its family does."""
     try:
         values = AutoImageProcessor.from_pretrained(source).to_dict()
     except (OSError, ValueError, KeyError):  # the encoder comes without one

@@ -9,7 +9,7 @@ import time
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, ClassVar, TextIO
 
 import numpy as np
 import torch
@@ -132,29 +132,37 @@ def show_warnings_in_one_line(err: TextIO) -> None:
 
 
 class _Bars:
-    """Progress of decoding and encoding; `frames` is how many frames were taken, `None` if from the cache."""
+    """Progress of decoding and encoding; `frames` is how many frames were taken, `None` if from the cache.
+
+    A long video is decoded and encoded in turns, piece by piece: both bars stand until the end.
+    """
+
+    NAMES: ClassVar = {"decode": "decoding", "encode": "encoding"}
 
     def __init__(self, err: TextIO, *, disable: bool):
         self.err, self.disable = err, disable
-        self.stage: str | None = None
         self.frames: int | None = None
-        self.bar: tqdm | None = None
+        self.bars: dict[str, tqdm] = {}
 
     def __call__(self, stage: str, done: int, total: int) -> None:
-        if stage != self.stage or self.bar is None:
-            self.close()
-            self.stage = stage
-            names = {"decode": "decoding", "encode": "encoding"}
-            self.bar = tqdm(total=total, desc=names[stage], unit="frame", file=self.err, disable=self.disable)
+        if stage not in self.bars:
+            self.bars[stage] = tqdm(
+                total=total,
+                desc=self.NAMES[stage],
+                unit="frame",
+                position=len(self.bars),
+                file=self.err,
+                disable=self.disable,
+            )
         if stage == "encode":
             self.frames = total
-        self.bar.update(done - self.bar.n)
-        if done >= total:  # else its clock would run on while the answer is made
-            self.bar.close()
+        self.bars[stage].update(done - self.bars[stage].n)
+        if done >= total and stage == "encode":  # else their clocks would run on while the answer is made
+            self.close()
 
     def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
+        for bar in self.bars.values():
+            bar.close()
 
 
 class _Streamer(TextStreamer):

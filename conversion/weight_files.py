@@ -7,6 +7,7 @@ weights: it is read only if that is allowed.
 
 import json
 import pickle
+import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -94,7 +95,9 @@ def _open(file: Path, allow_torchscript: bool) -> Mapping[str, torch.Tensor]:
                 f"{file} is a TorchScript archive, which can run code when it is read; take the weights as "
                 "safetensors, or, if you trust its source, allow it with --allow-torchscript (allow_torchscript=True)"
             )
-        return torch.jit.load(file, map_location="cpu").state_dict()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # the format is old, and so are the files
+            return torch.jit.load(file, map_location="cpu").state_dict()
     try:
         values = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError:
@@ -103,7 +106,8 @@ def _open(file: Path, allow_torchscript: bool) -> Mapping[str, torch.Tensor]:
             "save its state dict alone, best as safetensors"
         ) from None
     except (RuntimeError, EOFError) as error:
-        raise ValueError(f"{file} is not a whole file of weights ({str(error).splitlines()[0]})") from None
+        reason = str(error).splitlines()[0] if str(error) else "it ends too early"
+        raise ValueError(f"{file} is not a whole file of weights ({reason})") from None
     if isinstance(values, Mapping) and isinstance(values.get("state_dict"), Mapping):
         values = values["state_dict"]
     tensors = (

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, TextIO
 
 import numpy as np
 import torch
+from huggingface_hub.utils import logging as hub_logging
 from tqdm import tqdm
 from transformers import AutoConfig, LogitsProcessor, LogitsProcessorList, TextStreamer, pipeline
 from transformers.utils import logging
@@ -33,7 +34,11 @@ def load_pipeline(model: str, *, dtype: str = "auto", device: str | None = None)
     if looks_like_path and not Path(model).expanduser().is_dir():
         raise ValueError(f"there is no model folder {model}; make one with `longvlm assemble`")
     model = str(Path(model).expanduser()) if looks_like_path else model
-    model_type = AutoConfig.from_pretrained(model).model_type
+    try:
+        model_type = AutoConfig.from_pretrained(model).model_type
+    except OSError as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise ValueError(f"{model} is no folder here, and as a Hub id it cannot be loaded: {reason}") from error
     if model_type != "longvlm":
         raise ValueError(f"{model} is a {model_type} model, not a LongVLM; make one of it with `longvlm assemble`")
     return pipeline(TASK, model=model, dtype=dtype, device=_usable(device))
@@ -71,6 +76,7 @@ def ask(
         VideoDecodeError, ValueError, OSError: in one line each, what the user can change.
     """
     logging.set_verbosity_error()
+    hub_logging.set_verbosity_error()  # retries, one by one
     logging.disable_progress_bar()
     if not quiet:
         print(f"loading {model}", file=err, flush=True)

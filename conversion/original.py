@@ -221,6 +221,7 @@ def convert_original(
         pieces.clear()  # with them goes the vision encoder
         del vision_part
         say("checking")
+        _check_tokens(folder, processor)
         report.written = check_tensors(folder, config)
         if forward_check:
             say("running it on a generated clip")
@@ -432,6 +433,16 @@ def _save_rest(folder: Path, config: LongVLMConfig, llm: Path, processor: LongVL
     generation.do_sample, generation.temperature, generation.top_p = False, None, None
     generation.save_pretrained(folder)
     processor.save_pretrained(folder)
+
+
+def _check_tokens(folder: Path, processor: LongVLMProcessor) -> None:
+    """What is loaded from the folder must make the ids that the tokenizer made before it was saved."""
+    text = f"A: <video>\nWhat? B: Well.{processor.tokenizer.eos_token}A: {VIDEO_TOKENS[1]} so"
+    before, after = (
+        p(text=text, num_video_tokens=2)["input_ids"] for p in (processor, LongVLMProcessor.from_pretrained(folder))
+    )
+    if before != after:
+        raise ValueError(f"the tokenizer changes when it is saved: {before} become {after}; update transformers")
 
 
 def _as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:

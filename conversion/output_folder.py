@@ -1,10 +1,16 @@
-"""Writes a checkpoint folder whole or not at all: beside its place first, then renamed."""
+"""Writes a checkpoint folder whole or not at all: beside its place first, then renamed.
 
+What a killed process has left beside it is cleared away by the next one that writes there.
+"""
+
+import glob
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+import psutil
 
 
 def check_free(out: str | Path, *, overwrite: bool = False) -> Path:
@@ -26,6 +32,7 @@ def output_folder(out: str | Path, *, overwrite: bool = False) -> Iterator[Path]
     """Gives a folder to fill; at the end it takes the place of `out`. After an error nothing has changed."""
     out = check_free(out, overwrite=overwrite).absolute()
     out.parent.mkdir(parents=True, exist_ok=True)
+    _clear_leftovers(out)
     partial = out.parent / f".{out.name}.partial-{os.getpid()}"
     previous = out.parent / f".{out.name}.previous-{os.getpid()}"
     partial.mkdir()
@@ -43,6 +50,19 @@ def output_folder(out: str | Path, *, overwrite: bool = False) -> Iterator[Path]
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         shutil.rmtree(previous, ignore_errors=True)
+
+
+def _clear_leftovers(out: Path) -> None:
+    """Removes the folders of processes that are gone; one that was killed between two renames has its old one back."""
+    for kind in ("previous", "partial"):
+        for folder in out.parent.glob(f".{glob.escape(out.name)}.{kind}-*"):
+            pid = folder.name.rsplit("-", 1)[1]
+            if not pid.isdigit() or psutil.pid_exists(int(pid)):
+                continue
+            if kind == "previous" and not out.exists():
+                folder.rename(out)
+            else:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _share_as_other_files(folder: Path) -> None:

@@ -31,6 +31,8 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoModelForMu
 from transformers.pipelines import PIPELINE_REGISTRY
 assert type(AutoConfig.for_model("longvlm")) is longvlm.LongVLMConfig
 assert "video-question-answering" in PIPELINE_REGISTRY.get_supported_tasks()
+from longvlm.conversion.model_card import template
+assert "{{ card_data }}" in template()
 print(longvlm.__file__)
 """
 
@@ -87,7 +89,7 @@ def test_wheel_holds_every_module_and_nothing_else(wheel):
     expected = {
         f"{package}/{file.name}" for package, folder in MODULES.items() for file in (ROOT / folder).glob("*.py")
     }
-    assert names == expected | {"longvlm/py.typed"}
+    assert names == expected | {"longvlm/py.typed", "longvlm/hub_card.md"}
     assert "License-Expression: Apache-2.0" in metadata and licences
     assert "longvlm = longvlm.cli:main" in entry_points
 
@@ -149,7 +151,7 @@ def test_sdist_in_a_clean_environment(tmp_path):
     sdist = out / run(sys.executable, "-c", BUILD, "build_sdist", out, cwd=project).splitlines()[-1]
     with tarfile.open(sdist) as archive:
         inside = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
-    assert {"modeling_longvlm/modeling_longvlm.py", "LICENSE", "pyproject.toml"} <= inside
+    assert {"modeling_longvlm/modeling_longvlm.py", "LICENSE", "pyproject.toml", "hub_card.md"} <= inside
     python = make_environment(tmp_path / "clean")
     install(python, sdist)
     check_installed(python, project)
@@ -178,3 +180,7 @@ def test_editable_install_sees_new_files(tmp_path):
         "from longvlm.conversion.brand_new import VALUE; from longvlm.processing import video_decoding; print(VALUE)"
     )
     assert run(python, "-c", script, cwd=tmp_path).strip() == "7"
+    # The template of the model card is the checkout's own file: what is changed there is seen at once.
+    (project / "hub_card.md").write_text("changed")
+    script = "from longvlm.conversion.model_card import template; print(template())"
+    assert run(python, "-c", script, cwd=tmp_path).strip() == "changed"

@@ -1,0 +1,293 @@
+"""Model cards: `hub_card.md`, filled in from a checkpoint's own files, and the checks that every card must pass.
+
+Built on `huggingface_hub.ModelCard`, which parses the metadata and refuses what it cannot parse. What the Hub checks
+beyond that (names of licences and tags) it does itself, before an upload begins.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from safetensors import safe_open
+
+import longvlm
+from longvlm.registration import LongVLMConfig
+
+TAGS = ("longvlm", "video", "video-question-answering")
+PIPELINE_TAG, LIBRARY = "video-text-to-text", "transformers"
+NO_BASE_MODEL = "none"  # said by the user: every part was trained from scratch
+
+# Weights that must not be published again as they are: whose base models they match, and why.
+RESTRICTED = {
+    r"(^|[/_-])llama-?(1-)?(7|13|30|33|65)b": "LLaMA-1",
+    r"vicuna-?(7|13|33)b-(delta-)?v(0|1\.[0-3])": "LLaMA-1 (Vicuna before 1.5)",
+    r"alpaca|koala|wizardlm-?7b|video-?chatgpt|video-?llama-7b": "LLaMA-1",
+    r"llava-lightning|llava-(7|13)b-(delta-)?v[01]": "LLaMA-1",
+}
+
+
+def template() -> str:
+    """The text of `hub_card.md`: of the installed package, or of the checkout."""
+    packaged = resources.files("longvlm") / "hub_card.md"
+    if packaged.is_file():
+        return packaged.read_text(encoding="utf-8")
+    return (Path(longvlm.__file__).resolve().parent.parent / "hub_card.md").read_text(encoding="utf-8")
+
+
+def make_card(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    license: str | None,
+    base_model: Sequence[str] | None = None,
+    license_name: str | None = None,
+    license_link: str | None = None,
+    datasets: Sequence[str] = (),
+    language: Sequence[str] = ("en",),
+    tags: Sequence[str] = (),
+    results: Sequence[EvalResult] = (),
+) -> ModelCard:
+    """A model card for the checkpoint in `folder`, with all it says about itself.
+
+    Args:
+        folder: a checkpoint, as `save_pretrained` of model and processor wrote it.
+        repo_id: where it will lie on the Hub; the usage snippets name it.
+        license: the Hub's name of the licence, for example `apache-2.0`; `other` with `license_name` and
+            `license_link`.
+        base_model: Hub ids of what it was made of. Default: the Hub ids that its configuration holds. `["none"]`:
+            there are none.
+        datasets: Hub ids of what it was trained on.
+        language: codes of the languages it answers in.
+        tags: more tags.
+        results: what was measured.
+
+    Raises:
+        ValueError: `folder` has no configuration of a LongVLM, or a result is not complete.
+    """
+    folder = Path(folder)
+    config = read_config(folder)
+    vision, text = config.vision_config, config.text_config
+    if base_model is None:
+        base_model = [name for name in (text.name_or_path, vision.name_or_path) if is_hub_id(name)]
+    named = [name for name in base_model if name != NO_BASE_MODEL]
+    data = ModelCardData(
+        language=list(language),
+        license=license,
+        license_name=license_name,
+        license_link=license_link,
+        library_name=LIBRARY,
+        pipeline_tag=PIPELINE_TAG,
+        base_model=named or None,
+        datasets=list(datasets) or None,
+        metrics=sorted({result.metric_type for result in results}) or None,
+        tags=[*TAGS, *tags],
+        model_name=repo_id.split("/")[-1] if results else None,
+        eval_results=list(results) or None,
+    )
+    num_frames = read_video_options(folder).get("num_frames") or 100
+    schedule = config.merge_schedule
+    return ModelCard.from_template(
+        data,
+        template_str=template(),
+        title=repo_id.split("/")[-1],
+        repo_id=repo_id,
+        num_parameters=count_parameters(folder),
+        code_version=longvlm.__version__,
+        vision_model=_describe(vision),
+        language_model=_describe(text),
+        num_frames=num_frames,
+        num_video_tokens=config.num_video_tokens(num_frames),
+        frames_per_segment=config.frames_per_segment,
+        tokens_per_segment=config.tokens_per_segment,
+        global_tokens=f"{config.num_global_tokens} ({config.global_placement})",
+        vision_feature_layer=config.vision_feature_layer,
+        merge_schedule=", ".join(map(str, schedule)) if schedule else "half of the tokens, and at last what is left",
+        merge_similarity=config.merge_similarity,
+        merge_num_heads=config.merge_num_heads,
+        merge_order=config.merge_order,
+        projector_type=config.projector_type,
+        untrained_parts=[part.replace("_", " ") for part in getattr(config, "untrained_parts", None) or []],
+        results=list(results),
+    )
+
+
+def complete_card(
+    content: str,
+    *,
+    license: str | None = None,
+    license_name: str | None = None,
+    license_link: str | None = None,
+    base_model: Sequence[str] | None = None,
+    datasets: Sequence[str] = (),
+    tags: Sequence[str] = (),
+) -> ModelCard:
+    """A card that somebody wrote, with the given metadata in place of its own; its text stays as it is.
+
+    Raises:
+        ValueError: its metadata cannot be parsed.
+    """
+    card = ModelCard(content)
+    data = card.data
+    for name, value in (("license", license), ("license_name", license_name), ("license_link", license_link)):
+        if value is not None:
+            setattr(data, name, value)
+    if base_model is not None:
+        data.base_model = [name for name in base_model if name != NO_BASE_MODEL] or None
+    data.library_name, data.pipeline_tag = LIBRARY, PIPELINE_TAG
+    data.tags = list(dict.fromkeys([*(data.tags or ()), *TAGS, *tags]))
+    if datasets:
+        data.datasets = list(datasets)
+    return card
+
+
+def check_card(content: str, *, without_base_model: bool = False) -> list[str]:
+    """What is wrong with a card's metadata, a line each; nothing: `[]`.
+
+    Args:
+        content: the whole file.
+        without_base_model: the user said that there is none.
+    """
+    try:
+        data = ModelCard(content).data
+    except Exception as error:  # what the YAML parser raises is no ValueError
+        return [f"README.md: its metadata cannot be parsed: {' '.join(str(error).split())}"]
+    problems = []
+    if not data.license:
+        problems.append("the card names no licence: give --license, for example --license apache-2.0")
+    elif not isinstance(data.license, str) or not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", data.license):
+        problems.append(
+            f"license {data.license!r} is not the Hub's name of a licence, such as apache-2.0, mit, llama2"
+        )
+    elif data.license == "other" and not (data.license_name and data.license_link):
+        problems.append("license other needs --license-name and --license-link as well")
+    base_model = _as_list(data.base_model)
+    if not base_model and not without_base_model:
+        problems.append(
+            "the card names no base model: give --base-model for the language model and for the vision encoder "
+            f"(Hub ids), or --base-model {NO_BASE_MODEL} if every part was trained from scratch"
+        )
+    for field, names in (("base_model", base_model), ("datasets", _as_list(data.datasets))):
+        problems += [f"{field} {name!r} is not a Hub id such as me/name" for name in names if not _is_repo_id(name)]
+    for code in _as_list(data.language):
+        if not re.fullmatch(r"[a-z]{2,3}(-[A-Za-z0-9]+)*|multilingual|code", str(code)):
+            problems.append(f"language {code!r} is not a language code such as en, de or zh")
+    for field, value in (("library_name", LIBRARY), ("pipeline_tag", PIPELINE_TAG)):
+        if getattr(data, field) != value:
+            problems.append(f"{field} must be {value}, the card says {getattr(data, field)!r}")
+    return problems
+
+
+def licence_warnings(card: ModelCard, config: Mapping[str, Any]) -> list[str]:
+    """Parts that may not be published again, as far as their names and sizes tell."""
+    text = config.get("text_config", {})
+    names = {*_as_list(card.data.base_model), str(text.get("_name_or_path", ""))}
+    found = [(name, kin) for name in sorted(names) for rule, kin in RESTRICTED.items() if re.search(rule, name, re.I)]
+    warnings = [
+        f"{name} is {kin}: its weights are for research, and may not be published again; a delta to them may be"
+        for name, kin in found
+    ]
+    # What Llama 7B to 65B of the first generation have in common, and no later one: Llama 2 reads 4,096 tokens.
+    is_first = text.get("model_type", "llama") == "llama" and 32000 <= text.get("vocab_size", 32000) < 32100
+    is_first = is_first and text.get("max_position_embeddings", 2048) == 2048
+    if not found and is_first and text.get("hidden_size", 4096) in (4096, 5120, 6656, 8192):
+        warnings.append(
+            "the language model has the shape of LLaMA-1 (or a Vicuna before 1.5): if it is, its weights may not be "
+            "published again"
+        )
+    return warnings
+
+
+def read_results(path: str | Path) -> list[EvalResult]:
+    """Measured results: a JSON list of objects with the fields of `huggingface_hub.EvalResult`.
+
+    Raises:
+        ValueError: another format, or a result that lacks `task_type`, `dataset_type`, `dataset_name`,
+            `metric_type` or `metric_value`.
+    """
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(values, list):
+            raise TypeError("it is not a list")
+        return [EvalResult(**value) for value in values]
+    except (TypeError, json.JSONDecodeError) as error:
+        reason = str(error).replace("EvalResult.__init__() ", "")
+        raise ValueError(f"{path} is not a list of results as huggingface_hub.EvalResult has them: {reason}") from None
+
+
+def count_parameters(folder: Path) -> str:
+    """The number of weights in the safetensors files, as "7.1 B"; read from their headers."""
+    total = 0
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            for name in tensors.keys():  # it is not a dict
+                size = 1
+                for side in tensors.get_slice(name).get_shape():
+                    size *= side
+                total += size
+    for limit, unit in ((10**9, " B"), (10**6, " M"), (10**3, " k")):
+        if total >= limit:
+            return f"{total / limit:.3g}{unit}"
+    return str(total)
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether `name` looks like `owner/name` on the Hub, and is no folder here."""
+    return name.count("/") == 1 and _is_repo_id(name) and not Path(name).exists()
+
+
+def _is_repo_id(name) -> bool:
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return "/" in name
+
+
+def _as_list(value) -> list:
+    if value is None:
+        return []
+    return [value] if isinstance(value, str) else list(value)
+
+
+def read_config(folder: Path) -> LongVLMConfig:
+    """The configuration in a checkpoint folder.
+
+    Raises:
+        ValueError: there is none, or that of another model.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ValueError(
+            f"{folder} holds no config.json: give the folder of a checkpoint, as save_pretrained wrote it"
+        )
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not a JSON file: {error}") from None
+    if values.get("model_type") != "longvlm":
+        raise ValueError(f"{folder} holds a {values.get('model_type')} model, not a LongVLM")
+    return LongVLMConfig.from_dict(values)
+
+
+def read_video_options(folder: Path) -> dict[str, Any]:
+    """The options of the video processor in a checkpoint folder.
+
+    Raises:
+        ValueError: there is no processor.
+    """
+    path = folder / "processor_config.json"
+    if not path.is_file():
+        raise ValueError(f"{folder} holds no processor_config.json: save the processor into it as well")
+    return json.loads(path.read_text(encoding="utf-8")).get("video_processor", {})
+
+
+def _describe(config) -> str:
+    shape = f"{config.model_type}, {config.num_hidden_layers} layers, width {config.hidden_size}"
+    name = config.name_or_path
+    return f"[{name}](https://huggingface.co/{name}) ({shape})" if is_hub_id(name) else shape

@@ -1,0 +1,283 @@
+"""Publishes a checkpoint folder on the Hub: checks first, then one commit, or nothing.
+
+    publish("my-longvlm", "me/my-longvlm", license="apache-2.0", base_model=["Qwen/Qwen3-0.6B"])
+
+The folder itself is not changed. What is checked is what goes: a folder of links, with the card in it, is made first.
+"""
+
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from pathlib import Path
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, EvalResult, HfApi
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+from huggingface_hub.utils import validate_repo_id
+
+import longvlm
+from longvlm.conversion import publishing_checks as checks
+from longvlm.conversion.model_card import (
+    NO_BASE_MODEL,
+    check_card,
+    complete_card,
+    licence_warnings,
+    make_card,
+    read_config,
+    read_video_options,
+)
+
+CARD = "README.md"
+# Of what lies on the Hub already: these would be read beside, or instead of, what is published now.
+REPLACED = ("*.safetensors", "*.safetensors.index.json", "*.py")
+# Never published: what git, the Hub's client, Python and the Trainer keep for themselves.
+LEFT_OUT = (".*", "*/.*", "__pycache__/*", "*/__pycache__/*", "checkpoint-*/*", "runs/*")
+
+
+class NotReady(ValueError):
+    """The folder must not be published as it is; `problems` says why, a line each."""
+
+    def __init__(self, problems: Sequence[str]):
+        super().__init__("; ".join(problems))
+        self.problems = list(problems)
+
+
+class PublishError(OSError):
+    """The Hub could not be reached, or refused; the message is one line and says what to do."""
+
+
+@dataclass
+class Publication:
+    """What goes, or went, to the Hub."""
+
+    repo_id: str
+    sizes: dict[str, int]  # file in the repository -> bytes
+    card: str
+    warnings: list[str] = field(default_factory=list)
+    deleted: list[str] = field(default_factory=list)  # files of an earlier version that the commit removed
+    url: str | None = None  # of the repository, or of the pull request; None: nothing was uploaded
+
+
+def publish(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    license: str | None = None,
+    base_model: Sequence[str] | None = None,
+    license_name: str | None = None,
+    license_link: str | None = None,
+    datasets: Sequence[str] = (),
+    language: Sequence[str] = ("en",),
+    tags: Sequence[str] = (),
+    results: Sequence[EvalResult] = (),
+    new_card: bool = False,
+    update_code: bool = False,
+    exclude: Sequence[str] = (),
+    private: bool | None = None,
+    branch: str | None = None,
+    create_pr: bool = False,
+    commit_message: str | None = None,
+    token: str | None = None,
+    dry_run: bool = False,
+    progress: Callable[[str], None] = lambda step: None,
+) -> Publication:
+    """Checks the folder, and uploads it in one commit. A call that failed can be repeated: it finishes the work.
+
+    Args:
+        folder: a checkpoint, as `save_pretrained` of model and processor wrote it.
+        repo_id: `USER/NAME`; the repository is created if there is none.
+        license, base_model, license_name, license_link, datasets, language, tags, results: of the card, see
+            `make_card`. A licence is demanded, and base models (or `["none"]`).
+        new_card: make a card even if the folder holds a README.md. Default: that one goes, with this metadata.
+        update_code: upload the installed version's code instead of the folder's.
+        exclude: patterns of files that stay here.
+        private: whether a repository that is created is private. Default: as the account is set.
+        branch: branch to commit to; created if there is none. Default: `main`.
+        create_pr: open a pull request instead of committing.
+        commit_message: default: names the version of this package.
+        token: default: that of `hf auth login`, or `HF_TOKEN`.
+        dry_run: check, but do not upload; the network is not used.
+        progress: called with one line per step.
+
+    Raises:
+        NotReady: checks failed; nothing was uploaded.
+        ValueError: arguments that make no sense.
+        PublishError: the Hub could not be reached, or refused. Nothing was committed.
+    """
+    folder = _check_arguments(folder, repo_id, branch, create_pr)
+    try:
+        config = read_config(folder)
+        read_video_options(folder)
+    except ValueError as error:
+        raise NotReady([str(error)]) from error
+    files = collect_files(folder, exclude)
+    own_card = None if new_card or CARD not in files else files[CARD].read_text(encoding="utf-8")
+    files.pop(CARD, None)
+    if update_code:
+        files = {name: path for name, path in files.items() if not name.endswith(".py")} | checks.installed_code()
+
+    progress("checking the files")
+    problems = [*checks.weight_problems(files), *checks.code_problems(files), *checks.text_problems(files)]
+    about = {"license": license, "license_name": license_name, "license_link": license_link, "base_model": base_model}
+    try:
+        if own_card is not None:
+            card = complete_card(own_card, datasets=datasets, tags=tags, **about)
+        else:
+            card = make_card(
+                folder, repo_id, datasets=datasets, tags=tags, language=language, results=results, **about
+            )
+        problems += check_card(str(card), without_base_model=list(base_model or ()) == [NO_BASE_MODEL])
+        problems += checks.problems_in_text(CARD, str(card))
+    except Exception as error:  # what the YAML parser and the readers of weights raise is no ValueError
+        problems.append(f"the card cannot be made: {' '.join(str(error).split())}")
+    if problems:
+        raise NotReady(problems)
+
+    with _staged(files, str(card)) as stage:
+        progress("loading it in a process without this package")
+        if problems := checks.loading_problems(stage):
+            raise NotReady(problems)
+        staged = {name: stage / name for name in sorted({*files, CARD})}
+        publication = Publication(
+            repo_id=repo_id,
+            sizes={name: path.stat().st_size for name, path in staged.items()},
+            card=str(card),
+            warnings=licence_warnings(card, config.to_dict()),
+        )
+        if not dry_run:
+            progress("uploading")
+            message = commit_message or f"LongVLM checkpoint (longvlm {longvlm.__version__})"
+            with _hub_errors_in_one_line(repo_id):
+                _upload(publication, staged, HfApi(token=token), private, branch, create_pr, message)
+    return publication
+
+
+def collect_files(folder: Path, exclude: Sequence[str] = ()) -> dict[str, Path]:
+    """The files of a folder that are published: name in the repository -> file here."""
+    files = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and not any(fnmatch(name, pattern) for pattern in (*LEFT_OUT, *exclude)):
+            files[name] = path
+    return files
+
+
+def _check_arguments(folder: str | Path, repo_id: str, branch: str | None, create_pr: bool) -> Path:
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder; give that of a checkpoint")
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ValueError(f"--repo-id {repo_id!r}: {error}") from None
+    if "/" not in repo_id:
+        raise ValueError(f"--repo-id {repo_id!r} must be USER/NAME or ORGANISATION/NAME")
+    if branch is not None and create_pr:
+        raise ValueError(f"--branch {branch} and --create-pr exclude each other: a pull request is made against main")
+    return folder
+
+
+@contextmanager
+def _staged(files: dict[str, Path], card: str) -> Iterator[Path]:
+    """A temporary folder that holds exactly what is published."""
+    with tempfile.TemporaryDirectory(prefix="longvlm-publish-") as temporary:
+        stage = Path(temporary) / "checkpoint"
+        for name, path in files.items():
+            target = stage / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                target.symlink_to(path.resolve())
+            except OSError:  # Windows, without the right to make links
+                shutil.copyfile(path, target)
+        (stage / CARD).write_text(card, encoding="utf-8", newline="")
+        yield stage
+
+
+def _upload(
+    publication: Publication,
+    staged: dict[str, Path],
+    api: HfApi,
+    private: bool | None,
+    branch: str | None,
+    create_pr: bool,
+    message: str,
+) -> None:
+    repo_id = publication.repo_id
+    url = str(api.create_repo(repo_id, private=private, exist_ok=True))
+    if branch is not None:
+        api.create_branch(repo_id, branch=branch, exist_ok=True)
+    there = api.list_repo_files(repo_id, revision=branch)
+    publication.deleted = [
+        name for name in there if name not in staged and any(fnmatch(name, pattern) for pattern in REPLACED)
+    ]
+    commit = api.create_commit(
+        repo_id,
+        operations=[
+            *(CommitOperationAdd(path_in_repo=name, path_or_fileobj=path) for name, path in staged.items()),
+            *(CommitOperationDelete(path_in_repo=name) for name in publication.deleted),
+        ],
+        commit_message=message,
+        revision=branch,
+        create_pr=create_pr,
+    )
+    publication.url = commit.pr_url if create_pr else url if branch is None else f"{url}/tree/{branch}"
+
+
+@contextmanager
+def _hub_errors_in_one_line(repo_id: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        message = _explain(error, repo_id)
+        if message is None:
+            raise
+        raise PublishError(message) from error
+
+
+AGAIN = "nothing was committed; run the same command again, what has arrived is not sent twice"
+
+
+def _explain(error: BaseException, repo_id: str) -> str | None:
+    """What happened between here and the Hub, and what to do; `None`: something else."""
+    chain: list[BaseException] = [error]
+    while (inner := chain[-1].__cause__ or chain[-1].__context__) is not None:
+        chain.append(inner)
+    for link in chain:
+        if isinstance(link, OfflineModeIsEnabled):
+            return "offline mode is on: unset HF_HUB_OFFLINE to publish"
+        if isinstance(link, HfHubHTTPError):
+            said = " ".join((link.server_message or str(link)).split())
+            return _explain_status(link.response.status_code, said, repo_id)
+    # The client's own library for HTTP differs between its versions, so it is known by its base class.
+    http_error = HfHubHTTPError.__bases__[0]
+    for link in chain:
+        if isinstance(link, (http_error, ConnectionError, TimeoutError)):
+            status = getattr(getattr(link, "response", None), "status_code", None)  # of the storage behind the Hub
+            reason = " ".join(str(link).split()) or type(link).__name__
+            if status is not None:
+                return _explain_status(status, reason, repo_id)
+            return f"the connection to the Hub failed ({reason}): {AGAIN}"
+    if isinstance(error, RuntimeError):
+        return f"the upload failed ({' '.join(str(error).split())}): {AGAIN}"
+    return None
+
+
+def _explain_status(status: int, said: str, repo_id: str) -> str:
+    if status == 401:
+        return (
+            "the Hub does not accept the token (401): log in with `hf auth login`, or set HF_TOKEN to a token that "
+            "may write"
+        )
+    if status in (402, 413, 507) or "storage" in said.lower() or "quota" in said.lower():
+        return f"the Hub takes no more data ({status}: {said}): free some storage, then run the same command again"
+    if status == 403:
+        return f"the Hub does not let this token write to {repo_id} (403: {said}): use another token, or another name"
+    if status == 404:
+        return f"the Hub does not find {repo_id}, or the token may not see it (404: {said})"
+    if status == 429:
+        return f"the Hub asks for a pause (429: {said}): {AGAIN}"
+    if status >= 500:
+        return f"the Hub has an error of its own ({status}: {said}): {AGAIN}"
+    return f"the Hub refuses the upload ({status}: {said})"

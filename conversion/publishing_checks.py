@@ -1,0 +1,185 @@
+"""What must be true of a checkpoint folder before it goes to the Hub; each check returns its problems, a line each.
+
+Weights: only safetensors, all of them. Text: no credentials, no paths of this machine. Code: that of the installed
+package, byte for byte. And the whole of it: it loads and answers in a process that does not have this package.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from transformers.dynamic_module_utils import get_relative_import_files
+
+from longvlm import modeling_longvlm, processing
+from longvlm.modeling_longvlm.modeling_longvlm import AUTO_MAP, CUSTOM_PIPELINES
+
+# Files that run code when they are opened, or may.
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz")
+# Words of a vocabulary may look like paths.
+VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt", "added_tokens.json")
+
+SECRETS = {
+    "a Hugging Face token": r"\b(hf|api_org)_[A-Za-z0-9]{30,}\b",
+    "an AWS key": r"\b(AKIA|ASIA)[0-9A-Z]{16}\b",
+    "a GitHub token": r"\b(gh[pousr]_[A-Za-z0-9]{36,}|github_pat_[A-Za-z0-9_]{40,})\b",
+    "a GitLab token": r"\bglpat-[A-Za-z0-9_-]{20,}",
+    "an API key (sk-...)": r"\bsk-[A-Za-z0-9_-]{32,}",
+    "a Google API key": r"\bAIza[0-9A-Za-z_-]{35}\b",
+    "a Slack token": r"\bxox[abprs]-[0-9A-Za-z-]{10,}",
+    "a private key": r"-----BEGIN [A-Z ]*PRIVATE KEY-----",
+    "a password in an address": r"\b[a-z][a-z0-9+.-]*://[^/\s:@\"']+:[^/\s:@\"'{}<>]+@",
+}
+_FOLDERS = (
+    "home|Users|root|tmp|mnt|data|work|workspace|scratch|srv|opt|var|media|private|Volumes|content|kaggle|gpfs|nfs|"
+    "lustre|usr|etc"
+)
+# In running text: folders that machines have. In a JSON value, which is not text: whatever begins like a path.
+PATH_IN_TEXT = (
+    rf"(?<![\w.:/\\<>$}}*-])(/({_FOLDERS})/[^\s\"'<>|)`,]+|file:///[^\s\"'<>)`]+|[A-Za-z]:(\\\\?|/)Users\b\S*)"
+)
+PATH_AS_VALUE = r"(/[^/\s]+/|~[/\\]|\.{1,2}[/\\]|[A-Za-z]:[/\\]|\\\\|file://)\S.*"
+
+
+def weight_problems(files: Mapping[str, Path]) -> list[str]:
+    """`files`: name in the repository -> file here."""
+    problems = [
+        f"{name} is a pickle, or may hold one, which runs code when it is opened: save weights as safetensors, or "
+        f"leave it out with --exclude {name}"
+        for name in sorted(files)
+        if name.lower().endswith(PICKLES)
+    ]
+    weights = [name for name in sorted(files) if name.endswith(".safetensors")]
+    if not weights:
+        problems.append("there are no weights: save the model with save_pretrained")
+    for name in weights:
+        try:
+            with safe_open(files[name], "pt") as tensors:
+                for key, value in (tensors.metadata() or {}).items():
+                    problems += [f"{name}, metadata {key}: {found}" for _, found in _suspicious(value)]
+        except SafetensorError as error:
+            problems.append(f"{name} is broken ({error}): save the model again")
+    for name in sorted(files):
+        if name.endswith(".safetensors.index.json"):
+            shards = set(json.loads(files[name].read_text(encoding="utf-8")).get("weight_map", {}).values())
+            problems += [f"{name} names {shard}, which is not there" for shard in sorted(shards - set(weights))]
+    return problems
+
+
+def text_problems(files: Mapping[str, Path]) -> list[str]:
+    """Credentials, and absolute paths of a machine, each with file and line. Code is compared elsewhere."""
+    problems = []
+    for name, path in sorted(files.items()):
+        if name.endswith((".safetensors", *PICKLES)):
+            continue
+        try:
+            problems += problems_in_text(name, path.read_text(encoding="utf-8"))
+        except UnicodeDecodeError:
+            continue  # a picture, or another binary file
+    return problems
+
+
+def problems_in_text(name: str, text: str) -> list[str]:
+    """The same for the text of one file."""
+    paths = not name.endswith((*VOCABULARIES, ".py"))
+    found = list(_suspicious(text, paths=paths))
+    if paths and name.endswith(".json"):
+        found += _paths_in_json(text, {line for line, _ in found})
+    return [f"{name}, line {line}: {what}" for line, what in sorted(found)]
+
+
+def _suspicious(text: str, *, paths: bool = True) -> Iterator[tuple[int, str]]:
+    """Line, and what is there. A secret is named, not shown."""
+    for number, line in enumerate(text.splitlines(), 1):
+        for kind, pattern in SECRETS.items():
+            if re.search(pattern, line):
+                yield number, f"{kind}: remove it, and revoke it where it was made"
+        match = re.search(PATH_IN_TEXT, line) if paths else None
+        if match:
+            yield number, f"a path of this machine, {match[0]}: write a Hub id instead, or remove it"
+
+
+def _paths_in_json(text: str, known: set[int]) -> list[tuple[int, str]]:
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        return [(error.lineno, f"not JSON: {error.msg}")]
+    lines, found = text.splitlines(), []
+    for key, value in _strings(values):
+        if not re.fullmatch(PATH_AS_VALUE, value):
+            continue
+        written = json.dumps(value)
+        number = next((n for n, line in enumerate(lines, 1) if written in line), 1)
+        if number not in known:
+            found.append((number, f"{key} is a path of this machine, {value}: write a Hub id instead, or remove it"))
+    return found
+
+
+def _strings(value, key: str = "a value") -> Iterator[tuple[str, str]]:
+    """Every string in a JSON value, with the key that it stands under."""
+    if isinstance(value, str):
+        yield key, value
+    elif isinstance(value, dict):
+        for name, item in value.items():
+            yield from _strings(item, name)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _strings(item, key)
+
+
+def installed_code() -> dict[str, Path]:
+    """The files that travel with a checkpoint: name -> file of the installed package."""
+    modeling, processing_ = (Path(package.__file__ or "").parent for package in (modeling_longvlm, processing))
+    code = {}
+    for entry in (
+        modeling / "modeling_longvlm.py",
+        processing_ / "processing_longvlm.py",
+        processing_ / "video_processing_longvlm.py",
+    ):
+        for file in (entry, *map(Path, get_relative_import_files(entry))):
+            code[file.name] = file
+    return code
+
+
+def code_problems(files: Mapping[str, Path]) -> list[str]:
+    """Whether a folder's code is that of the installed package, and its configuration points to it."""
+    expected, problems = installed_code(), []
+    remedy = "--update-code uploads the installed version's instead"
+    for name, file in sorted(expected.items()):
+        if name not in files:
+            problems.append(f"{name} is missing, so it does not load without this package: {remedy}")
+        elif files[name].read_bytes() != file.read_bytes():
+            problems.append(f"{name} is not that of the installed version: {remedy}")
+    for name in sorted(files):
+        if name.endswith(".py") and name not in expected:
+            problems.append(f"{name} is no code of this package: remove it, or leave it out with --exclude {name}")
+    config = json.loads(files["config.json"].read_text(encoding="utf-8"))
+    for key, value in (("auto_map", AUTO_MAP), ("custom_pipelines", CUSTOM_PIPELINES)):
+        if config.get(key) != value:
+            problems.append(f"config.json, {key}: it does not name this package's code: save the model again")
+    return problems
+
+
+def loading_problems(folder: Path) -> list[str]:
+    """Loads `folder` in a process of its own, offline and without this package, and asks about a generated clip."""
+    script = Path(__file__).with_name("load_alone.py")
+    with tempfile.TemporaryDirectory() as empty:  # no cache: neither models nor code that lie there
+        environment = {**os.environ, "HF_HOME": empty, "HF_MODULES_CACHE": empty, "PYTHONWARNINGS": "ignore"}
+        done = subprocess.run(
+            [sys.executable, "-P", str(script), str(folder.absolute())],
+            env=environment,
+            cwd=empty,
+            capture_output=True,
+            text=True,
+            stdin=subprocess.DEVNULL,
+        )
+    if done.returncode == 0:
+        return []
+    lines = done.stderr.strip().splitlines()
+    reason = lines[-1] if lines else f"the process ended with code {done.returncode} (out of memory?)"
+    return [f"it does not load and answer in a process without this package: {reason}"]

@@ -101,7 +101,7 @@ def assemble(
     with output_folder(out, overwrite=overwrite) as folder:
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
-    return out
+    return Path(out)
 
 
 def join(

@@ -146,7 +146,7 @@ def convert_llava(
     with output_folder(out, overwrite=overwrite) as folder:
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
-    return out
+    return Path(out)
 
 
 # --- what the folder holds ---
@@ -260,9 +260,7 @@ def _language_part(checkpoint: _Checkpoint, weights: Mapping[str, torch.Tensor],
     if EMBEDDINGS not in weights:
         raise ValueError(f"{name} holds no language model ({EMBEDDINGS.removeprefix(LLM)}); is it a projector alone?")
     config.vocab_size = len(weights[EMBEDDINGS])
-    model, info = model_class.from_pretrained(
-        None, config=config, state_dict=state, dtype=dtype or weights[EMBEDDINGS].dtype, output_loading_info=True
-    )
+    model, info = _load(model_class, config, state, dtype or weights[EMBEDDINGS].dtype)
     _refuse_gaps(info, name, model_class.__name__)
     if (checkpoint.folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(checkpoint.folder)
@@ -313,12 +311,21 @@ def _tower(config: PreTrainedConfig, state: dict[str, torch.Tensor], dtype, name
     model_class = MODEL_MAPPING[type(config)]
     if not state:
         raise ValueError(f"{name} holds no vision encoder; give it with --vision")
-    dtype = dtype or next(iter(state.values())).dtype
-    tower, info = model_class.from_pretrained(
-        None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
-    )
+    tower, info = _load(model_class, config, state, dtype or next(iter(state.values())).dtype)
     _refuse_gaps(info, name, model_class.__name__)
     return tower.eval()
+
+
+def _load(model_class, config: PreTrainedConfig, state: dict[str, torch.Tensor], dtype):
+    """The model around these tensors, which are not copied, and what did not fit."""
+    return model_class.from_pretrained(
+        None,
+        config=config,
+        state_dict=state,
+        dtype=dtype,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # they are refused here, by name
+    )
 
 
 def _refuse_gaps(info: dict[str, Any], name: str, kind: str) -> None:
@@ -331,7 +338,8 @@ def _refuse_gaps(info: dict[str, Any], name: str, kind: str) -> None:
             f"{name} holds {len(unexpected)} weights that {kind} has no place for, such as {unexpected[0]}"
         )
     if info["mismatched_keys"]:
-        raise ValueError(f"{name}: weights of {kind} do not have the shapes that its config.json says")
+        reshaped = sorted(str(key[0] if isinstance(key, tuple) else key) for key in info["mismatched_keys"])
+        raise ValueError(f"{name}: {reshaped[0]} of {kind} does not have the shape that its config.json says")
 
 
 def _check_projector(

@@ -94,7 +94,7 @@ def convert_open_clip(
     with output_folder(out, overwrite=overwrite) as folder:
         part.model.save_pretrained(folder)
         CLIPImageProcessor(**part.image_options).save_pretrained(folder)
-    return out
+    return Path(out)
 
 
 def load_open_clip(

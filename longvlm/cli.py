@@ -98,11 +98,7 @@ def ask_command(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")] = False,
 ) -> None:
     """Ask questions about a video; the answers go to stdout."""
-    if model is None:
-        raise ValueError(
-            "which model? No trained LongVLM is published yet: give --model DIR (or LONGVLM_MODEL), "
-            "made with `longvlm assemble`"
-        )
+    model = _required(model)
     if as_json and stream:
         raise ValueError("--json and --stream exclude each other")
     if num_frames is not None and fps is not None:
@@ -112,9 +108,7 @@ def ask_command(
     if top_p is not None and temperature == 0:
         raise ValueError(f"--top-p {top_p} needs --temperature above 0")
 
-    if "://" not in video and not Path(video).exists():  # before the seconds that the imports take
-        raise ValueError(f"{video}: no such file or directory")
-
+    _check_exists(video)
     from longvlm.asking import ask, show_warnings_in_one_line
 
     show_warnings_in_one_line(sys.stderr)
@@ -139,6 +133,34 @@ def ask_command(
         out=sys.stdout,
         err=sys.stderr,
     )
+
+
+@app.command("inspect")
+def inspect_command(
+    video: Annotated[str, typer.Argument(metavar="VIDEO", help="File, URL, or folder of pictures.")],
+    out: Annotated[Path, typer.Option(help="PNG file to write.")],
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", envvar="LONGVLM_MODEL", help="Checkpoint folder or Hub id.")
+    ] = None,
+    num_frames: Annotated[int | None, typer.Option(min=1, help="Frames taken from the whole video.")] = None,
+    segments: Annotated[int, typer.Option(min=1, help="Segments shown, evenly chosen.")] = 6,
+    frames: Annotated[int, typer.Option(min=1, help="Frames shown of each.")] = 5,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; default: the accelerator.")] = None,
+) -> None:
+    """Draw how the patches of a video are merged into tokens."""
+    model = _required(model)
+    _check_exists(video)
+    from transformers.utils import logging
+
+    from longvlm.asking import show_warnings_in_one_line
+    from longvlm.inspecting import inspect
+
+    show_warnings_in_one_line(sys.stderr)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    numbers = inspect(video, out, model, num_frames=num_frames, segments=segments, frames=frames, device=device)
+    print(", ".join(f"{value:,} {name.replace('_', ' ')}" for name, value in numbers.items()), file=sys.stderr)
+    print(out)
 
 
 @app.command("assemble")
@@ -218,6 +240,21 @@ def assemble_command(
     untrained = "the vision encoder and the projector are" if vision is None else "the projector is"
     print(f"longvlm: note: {untrained} untrained", file=sys.stderr)
     print(folder)
+
+
+def _required(model: str | None) -> str:
+    if model is None:
+        raise ValueError(
+            "which model? No trained LongVLM is published yet: give --model DIR (or LONGVLM_MODEL), "
+            "made with `longvlm assemble`"
+        )
+    return model
+
+
+def _check_exists(video: str) -> None:
+    """Before the seconds that the imports take."""
+    if "://" not in video and not Path(video).exists():
+        raise ValueError(f"{video}: no such file or directory")
 
 
 def _questions(questions: list[str]):

@@ -301,8 +301,8 @@ class LongVLMModel(LongVLMPreTrainedModel):
         class_tokens = torch.stack(frame_tokens) if e else patches.new_zeros(0, *patches.shape[::2])  # (E, c, d)
         return patches, class_tokens
 
-    def _merge(self, segments: Tensor) -> Tensor:
-        """`(S, K, N, d)` -> `(S * M, d)`, segment after segment."""
+    def _merge(self, segments: Tensor, **kwargs):
+        """`(S, K, N, d)` -> `(S * M, d)`, segment after segment; with `return_assignment` also `(S, K*N)`."""
         config = self.config
         patches = segments.flatten(1, 2)  # (S, K*N, d)
         merged = merge_tokens(
@@ -313,8 +313,30 @@ class LongVLMModel(LongVLMPreTrainedModel):
             similarity=config.merge_similarity,
             order=config.merge_order,
             tokens_per_frame=segments.shape[2],
+            **kwargs,
         )  # (S, M, d)
-        return merged.flatten(0, 1)
+        return (merged[0].flatten(0, 1), merged[1]) if kwargs.get("return_assignment") else merged.flatten(0, 1)
+
+    @torch.no_grad()
+    def get_token_assignment(self, pixel_values: Tensor) -> Tensor:
+        """
+        Which local token each patch of a video was merged into; for pictures of what the method does.
+
+        Args:
+            pixel_values (`Tensor` of shape `(T, 3, H, W)`): normalised frames of one video.
+
+        Returns:
+            `(T, N)` int64: row numbers of the video's `local_features`.
+        """
+        assignments, first = [], 0
+        for segment in pixel_values.split(self.config.frames_per_segment):
+            chunks = segment.split(self.config.vision_chunk_frames)
+            outputs = [self._run_vision_tower(chunk, output_attentions=False) for chunk in chunks]
+            patches = torch.cat([self._split_tokens(output.hidden_states, segment)[0] for output in outputs])
+            merged, assignment = self._merge(patches[None], return_assignment=True)  # (M, d), (1, K*N)
+            assignments.append(assignment.view(len(segment), -1) + first)
+            first += len(merged)
+        return torch.cat(assignments)
 
     def _project(self, features: Mapping) -> LongVLMVideoFeatures:
         """Places the global tokens and projects. The projector is applied anew at each use, so it can be trained."""

@@ -1,0 +1,147 @@
+"""What `longvlm inspect` does: a picture of how a video's patches were merged into tokens.
+
+Each segment has two rows: frames as the encoder gets them, and the same frames with every patch in the mean colour of
+all the patches that share its token, lines between patches of different tokens. What the lower row has lost, the
+language model cannot see.
+"""
+
+import os
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from longvlm.asking import load_pipeline
+
+SIDE, GAP, MARGIN, HEADER = 160, 6, 96, 58
+BACKGROUND, INK, LINE = (250, 250, 248), (40, 40, 40), (255, 255, 255)
+
+
+@torch.no_grad()
+def inspect(
+    video: str,
+    out: Path,
+    model: str,
+    *,
+    num_frames: int | None = None,
+    segments: int = 6,
+    frames: int = 5,
+    device: str | None = None,
+) -> dict[str, int]:
+    """Draws `segments` segments of the video, `frames` frames of each, evenly chosen, to a PNG file.
+
+    Returns:
+        The numbers of the video: `frames`, `segments`, `patches`, `local_tokens`, `global_tokens`.
+
+    Raises:
+        VideoDecodeError, ValueError, OSError: in one line each, what the user can change.
+    """
+    if out.suffix.lower() != ".png":
+        raise ValueError(f"{out} is no name of a PNG file; end it in .png")
+    pipe = load_pipeline(model, device=device)
+    processor, config = pipe.processor.video_processor, pipe.model.config
+    options = {} if num_frames is None else {"num_frames": num_frames}
+    seen = processor(video, do_rescale=False, do_normalize=False, return_metadata=True, return_tensors="pt", **options)
+    pixels = seen["pixel_values_videos"][0]  # (T, 3, H, W), 0 to 255
+    as_given = {"do_sample_frames": False, "do_resize": False, "do_center_crop": False}
+    normalised = processor(pixels.to(torch.uint8), return_tensors="pt", **as_given)["pixel_values_videos"][0]
+    assignment = pipe.model.model.get_token_assignment(normalised).cpu()  # (T, N)
+
+    rows, columns = _grid(config, pixels)
+    merged = _paint_tokens(pixels, assignment, rows, columns)
+    times = seen["video_metadata"][0].timestamps or [None] * len(pixels)
+    k = config.frames_per_segment
+    parts = list(range(0, len(pixels), k))
+    shown = [parts[i] for i in _evenly(len(parts), segments)]
+    numbers = {
+        "frames": len(pixels),
+        "segments": len(parts),
+        "patches": assignment.numel(),
+        "local_tokens": int(assignment.max()) + 1,
+        "global_tokens": config.num_global_tokens,
+    }
+    picture = _draw(Path(video).name, numbers, pixels, merged, assignment, times, shown, k, frames, (rows, columns))
+    _save(picture, out)
+    return numbers
+
+
+def _grid(config, pixels: torch.Tensor) -> tuple[int, int]:
+    patch = config.vision_config.patch_size
+    height, width = (patch, patch) if isinstance(patch, int) else patch
+    return pixels.shape[-2] // height, pixels.shape[-1] // width
+
+
+def _paint_tokens(pixels: torch.Tensor, assignment: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    """`(T, 3, H, W)` -> `(T, rows, columns, 3)`: each patch in the mean colour of its token's patches."""
+    colours = torch.nn.functional.adaptive_avg_pool2d(pixels, (rows, columns)).flatten(2).transpose(1, 2)  # (T, N, 3)
+    tokens = int(assignment.max()) + 1
+    sums = torch.zeros(tokens, 3).index_add(0, assignment.flatten(), colours.flatten(0, 1))
+    sizes = torch.bincount(assignment.flatten(), minlength=tokens)[:, None]
+    return (sums / sizes)[assignment].view(len(pixels), rows, columns, 3)
+
+
+def _evenly(total: int, count: int) -> list[int]:
+    return sorted({round(i) for i in np.linspace(0, total - 1, min(total, count))})
+
+
+def _draw(name, numbers, pixels, merged, assignment, times, shown, k, frames, grid) -> Image.Image:
+    columns = min(frames, k, len(pixels))
+    picture = Image.new(
+        "RGB", (MARGIN + columns * (SIDE + GAP) + GAP, HEADER + len(shown) * (2 * SIDE + 34)), BACKGROUND
+    )
+    draw = ImageDraw.Draw(picture)
+    small, large = ImageFont.load_default(size=12), ImageFont.load_default(size=16)
+    draw.text((GAP * 2, 8), name if len(name) < 80 else name[:77] + "...", INK, font=large)
+    draw.text(
+        (GAP * 2, 32),
+        f"{numbers['frames']} frames, {numbers['patches']:,} patches  ->  {numbers['global_tokens']} global + "
+        f"{numbers['local_tokens']} local tokens in {numbers['segments']} segments",
+        INK,
+        font=small,
+    )
+    top = HEADER
+    for first in shown:
+        length = min(k, len(pixels) - first)
+        tokens = len(assignment[first : first + length].unique())
+        label = f"segment {first // k + 1}\n{length} frames\n{tokens} tokens"
+        draw.multiline_text((GAP * 2, top + 18), label, INK, font=small, spacing=5)
+        for column, offset in enumerate(_evenly(length, columns)):
+            frame, left = first + offset, MARGIN + column * (SIDE + GAP)
+            when = f"{times[frame]:.1f} s" if times[frame] is not None else f"frame {frame}"
+            draw.text((left, top), when, INK, font=small)
+            array = pixels[frame].permute(1, 2, 0).round().clamp(0, 255).to(torch.uint8).numpy()
+            picture.paste(Image.fromarray(array).resize((SIDE, SIDE)), (left, top + 16))
+            painted = merged[frame].round().clamp(0, 255).to(torch.uint8).numpy()
+            patches = Image.fromarray(painted).resize((SIDE, SIDE), Image.Resampling.NEAREST)
+            _draw_borders(patches, assignment[frame].view(*grid))
+            picture.paste(patches, (left, top + 16 + SIDE + 2))
+        top += 2 * SIDE + 34
+    return picture
+
+
+def _draw_borders(picture: Image.Image, index: torch.Tensor) -> None:
+    """A line wherever neighbouring patches belong to different tokens."""
+    draw = ImageDraw.Draw(picture)
+    rows, columns = index.shape
+    xs = [round(SIDE * c / columns) for c in range(columns + 1)]
+    ys = [round(SIDE * r / rows) for r in range(rows + 1)]
+    for r, c in (index[:, 1:] != index[:, :-1]).nonzero().tolist():
+        draw.line([(xs[c + 1], ys[r]), (xs[c + 1], ys[r + 1])], LINE)
+    for r, c in (index[1:] != index[:-1]).nonzero().tolist():
+        draw.line([(xs[c], ys[r + 1]), (xs[c + 1], ys[r + 1])], LINE)
+
+
+def _save(picture: Image.Image, out: Path) -> None:
+    """Whole or not at all."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    handle, partial = tempfile.mkstemp(dir=out.parent, suffix=".png")
+    os.close(handle)
+    try:
+        picture.save(partial)
+        os.chmod(partial, 0o644)
+        os.replace(partial, out)
+    except BaseException:
+        os.unlink(partial)
+        raise

@@ -21,6 +21,7 @@ SEGMENTS, TOKENS, WIDTH, HEADS, NUM_TOKENS = 10, 2560, 1024, 16, 30
 def merge_at_full_width(x, num_tokens: int, num_heads: int):
     """ToMe step by step, as one writes it down: `(S, T, d)` -> `(S, M, d)`."""
     import torch
+
     from longvlm.modeling_longvlm.token_merging import derive_schedule
 
     size = torch.ones_like(x[..., :1])
@@ -47,6 +48,7 @@ def merge_at_full_width(x, num_tokens: int, num_heads: int):
 def measure(way: str, repeats: int, threads: int) -> dict:
     """Median seconds and peak memory beyond the input, of one way, in this process."""
     import torch
+
     from longvlm.modeling_longvlm.token_merging import merge_tokens
 
     torch.set_num_threads(threads)

@@ -103,7 +103,7 @@ def convert_llava(
     checkpoint = _describe(local_folder(source), short_name(source))
     progress("reading the weights")
     weights = _mapped(WeightFiles.of_folder(checkpoint.folder), checkpoint.table, checkpoint.name)
-    if _is_delta(weights) != (base is not None):
+    if (checkpoint.is_original and _is_delta(weights)) != (base is not None):
         raise ValueError(
             f"{source} is a whole model, not a delta; leave --base out"
             if base is not None

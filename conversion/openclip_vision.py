@@ -44,6 +44,9 @@ _SIGNS = {
     "layer1.": "is a ResNet",
 }
 
+# As open_clip names its files on the Hub.
+_HUB_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+
 
 @dataclass
 class _Source:
@@ -68,10 +71,11 @@ def convert_open_clip(
     Args:
         model: open_clip's name of the architecture, for example "ViT-L-14" or "ViT-B-32-quickgelu".
         out: folder to write; it appears only when it is complete.
-        pretrained: a tag that open_clip downloads ("openai", "laion2b_s32b_b82k"...), or a file: safetensors, or a
-            state dict that `torch.save` has written. A tag also says which activation and which preprocessing the
-            weights were trained with; beside a file, an `open_clip_config.json` does. A file without one is taken to
-            be as the architecture's name says, with OpenAI's mean and standard deviation.
+        pretrained: a tag that open_clip downloads ("openai", "laion2b_s32b_b82k"...); or a file: safetensors, or a
+            state dict that `torch.save` has written; or a folder as open_clip writes it for the Hub. A tag also says
+            which activation and which preprocessing the weights were trained with; an `open_clip_config.json` beside
+            the file does, too. A file without one is taken to be as the architecture's name says, with OpenAI's mean
+            and standard deviation.
         dtype: of the weights; `None` or "auto": as they are (float32 if they are of several).
         allow_torchscript: also read a TorchScript archive, as OpenAI's first `.pt` files are. It can run code.
         overwrite: replace a folder that is not empty.
@@ -150,6 +154,8 @@ def _find(model: str, pretrained: str | Path | None) -> _Source:
         _check_representable(_Source(name, config, preprocess, file))  # before gigabytes are downloaded
         file = Path(_download(open_clip, tag, name))
         return _Source(name, config, preprocess, file)
+    if file.is_dir():
+        file = next((file / name for name in _HUB_FILES if (file / name).is_file()), file)
     if config is None and not file.is_file():
         raise ValueError(_unknown(model, open_clip.list_models()))
     if not file.is_file():
@@ -160,7 +166,7 @@ def _find(model: str, pretrained: str | Path | None) -> _Source:
     preprocess = {}
     beside = file.parent / "open_clip_config.json"
     if beside.is_file():
-        own = json.loads(beside.read_text())
+        own = _read_description(beside)
         if config is not None and own["model_cfg"]["vision_cfg"] != config["vision_cfg"]:
             raise ValueError(
                 f"{beside} describes another vision tower than {model}; give the name of its architecture"
@@ -169,6 +175,15 @@ def _find(model: str, pretrained: str | Path | None) -> _Source:
     if config is None:
         raise ValueError(_unknown(model, open_clip.list_models()))
     return _Source(f"{PREFIX}{model}/{file.name}", config, preprocess, file)
+
+
+def _read_description(file: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+        values["model_cfg"]["vision_cfg"], values["model_cfg"]["embed_dim"]  # what is read of it
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{file} is no description of open_clip (model_cfg with vision_cfg and embed_dim)") from None
+    return values
 
 
 def _download(open_clip, tag: dict[str, Any], name: str) -> str:

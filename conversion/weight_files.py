@@ -1,5 +1,6 @@
-"""Reads weights by name out of the files that people keep them in, one tensor at a time.
+"""Weights by name, mapped from the files that people keep them in, to be put into a model as they are.
 
+(`shards.py` reads them one by one into memory of their own, for checkpoints that are written without a model.)
 safetensors and zipped `.bin`/`.pt` files are mapped, not loaded: memory is taken by the tensors that are asked for.
 Pickles are read with `weights_only=True`, which runs nothing that they hold. A TorchScript archive is code as well as
 weights: it is read only if that is allowed.
@@ -15,8 +16,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-# As transformers looks for them: an index of shards, or everything in one file.
-INDEX_NAMES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+# As transformers looks for them.
 FILE_NAMES = ("model.safetensors", "pytorch_model.bin")
 
 
@@ -43,17 +43,20 @@ class WeightFiles(Mapping[str, torch.Tensor]):
     def of_folder(cls, folder: str | Path) -> "WeightFiles":
         """The weights of a checkpoint folder, in one file or in shards."""
         folder = Path(folder)
-        for name in INDEX_NAMES:
-            if (folder / name).is_file():
-                names = sorted(set(json.loads((folder / name).read_text())["weight_map"].values()))
-                lacking = [shard for shard in names if not (folder / shard).is_file()]
-                if lacking:
-                    raise ValueError(f"{folder} lacks {lacking[0]}, which its {name} names; download it again")
-                return cls(*(folder / shard for shard in names))
         for name in FILE_NAMES:
+            index = folder / f"{name}.index.json"
             if (folder / name).is_file():
                 return cls(folder / name)
-        raise ValueError(f"{folder} has no weights: none of {', '.join((*INDEX_NAMES, *FILE_NAMES))}")
+            if index.is_file():
+                try:
+                    shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+                except (ValueError, KeyError, TypeError, AttributeError):
+                    raise ValueError(f'{index} is no index of shards: it has no "weight_map"') from None
+                lacking = [shard for shard in shards if not (folder / shard).is_file()]
+                if lacking:
+                    raise ValueError(f"{folder} lacks {lacking[0]}, which its {index.name} names; download it again")
+                return cls(*(folder / shard for shard in shards))
+        raise ValueError(f"{folder} has no weights: {' or '.join(FILE_NAMES)}, whole or in shards with an index")
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self._sources[name][name]

@@ -16,14 +16,18 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
     AutoProcessor,
+    AutoTokenizer,
     CLIPImageProcessor,
     CLIPVisionModel,
     LlamaForCausalLM,
     LlamaTokenizer,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    LlavaProcessor,
     MistralConfig,
     MistralForCausalLM,
+    Qwen2Config,
+    SiglipVisionConfig,
     pipeline,
 )
 
@@ -63,10 +67,12 @@ def image_processor():
     )
 
 
-def transformers_llava(folder, *, nesting="files", text_config=None, **options):
+def transformers_llava(folder, *, nesting="files", text_config=None, vision_config=None, **options):
     """As on the Hub under llava-hf; `nesting`: names as in files, or as in memory since 4.52."""
     text_config = text_config or tiny_text_config(vocab_size=len(tiny_tokenizer(video_tokens=False)) + 20)
-    config = LlavaConfig(vision_config=tiny_vision_config(), text_config=text_config, image_token_index=259, **options)
+    config = LlavaConfig(
+        vision_config=vision_config or tiny_vision_config(), text_config=text_config, image_token_index=259, **options
+    )
     model = randomize(LlavaForConditionalGeneration(config))
     model.save_pretrained(folder)
     tokenizer = tiny_tokenizer(
@@ -211,6 +217,31 @@ class TestTransformersLayout:
         assert check_text_and_projector(
             out, llava, llava.model.multi_modal_projector
         ).config.text_config.model_type == ("mistral")
+
+    def test_siglip_and_a_language_model_with_tied_embeddings(self, tmp_path):
+        vision = {name: getattr(tiny_vision_config(), name) for name in ("image_size", "patch_size", "hidden_size")}
+        sizes = {"intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+        vision_config = SiglipVisionConfig(**vision, **sizes, vision_use_head=False)
+        text_config = Qwen2Config(
+            hidden_size=32, **sizes, num_key_value_heads=2, vocab_size=300, tie_word_embeddings=True
+        )
+        llava = transformers_llava(
+            tmp_path / "llava", text_config=text_config, vision_config=vision_config, tie_word_embeddings=True
+        )
+        out = convert_llava(tmp_path / "llava", tmp_path / "out", **METHOD)
+        model = check_text_and_projector(out, llava, llava.model.multi_modal_projector)
+        assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
+        theirs, mine = llava.model.vision_tower.state_dict(), model.model.vision_tower.state_dict()
+        assert theirs.keys() == mine.keys() and all(torch.equal(theirs[name], mine[name]) for name in theirs)
+
+    def test_processor_saved_as_one(self, tmp_path):
+        transformers_llava(tmp_path / "llava")
+        for file in tmp_path.glob("llava/*processor*.json"):
+            file.unlink()
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / "llava")
+        LlavaProcessor(image_processor(), tokenizer, patch_size=14).save_pretrained(tmp_path / "llava")
+        out = convert_llava(tmp_path / "llava", tmp_path / "out", **METHOD)
+        assert list(AutoProcessor.from_pretrained(out).video_processor.image_mean) == [0.5, 0.4, 0.3]
 
     def test_prompt_is_vicuna_s_and_not_one_for_pictures(self, tmp_path):
         transformers_llava(tmp_path / "llava")
@@ -412,6 +443,15 @@ class TestRefusals:
         (tmp_path / "llava" / "pytorch_model-00002-of-00002.bin").unlink()
         with pytest.raises(ValueError, match=r"lacks pytorch_model-00002-of-00002\.bin"):
             convert_llava(tmp_path / "llava", tmp_path / "out", **METHOD)
+        index = tmp_path / "llava" / "pytorch_model.bin.index.json"
+        for content, says in (
+            ("{}", "is no index of shards"),
+            ("", "is no index of shards"),
+            (None, "has no weights"),
+        ):
+            index.unlink() if content is None else index.write_text(content)
+            with pytest.raises(ValueError, match=says):
+                convert_llava(tmp_path / "llava", tmp_path / "out", **METHOD)
         (tmp_path / "llava" / "config.json").unlink()
         with pytest.raises(ValueError, match=r"llava lacks config\.json"):
             convert_llava(tmp_path / "llava", tmp_path / "out", **METHOD)

@@ -241,6 +241,23 @@ class TestFiles:
             torch.save(state, file, _use_new_zipfile_serialization=kind == "pt")
         assert largest_difference(load_open_clip("tiny-ViT-B-32", file).model, model) <= 1e-4
 
+    @pytest.mark.parametrize("file_name", ["open_clip_model.safetensors", "open_clip_pytorch_model.bin"])
+    def test_folder_as_on_the_hub_says_how_it_was_trained(self, file_name, register, tmp_path):
+        reference = random_model(register("ViT-B-32-quickgelu"))
+        state = {name: tensor.contiguous() for name, tensor in reference.state_dict().items()}
+        (save_file if "safetensors" in file_name else torch.save)(state, tmp_path / file_name)
+        config = open_clip.get_model_config("tiny-ViT-B-32-quickgelu")
+        description = {"model_cfg": config, "preprocess_cfg": {"std": [0.1, 0.2, 0.3]}}
+        (tmp_path / "open_clip_config.json").write_text(json.dumps(description))
+        for model in (register("ViT-B-32"), "a name of its own"):
+            part = load_open_clip(model, tmp_path)
+            assert part.image_options["image_std"] == [0.1, 0.2, 0.3]
+            assert part.model.config.hidden_act == "quick_gelu"
+            assert largest_difference(part.model, reference) <= 1e-4
+        (tmp_path / "open_clip_config.json").write_text("{}")
+        with pytest.raises(ValueError, match="is no description of open_clip"):
+            load_open_clip("tiny-ViT-B-32", tmp_path)
+
     def test_half_precision_stays_and_mixed_becomes_single(self, model, tmp_path):
         half = load_open_clip("tiny-ViT-B-32", save(copy.deepcopy(model).half(), tmp_path / "half.pt")).model
         mixed = copy.deepcopy(model)

@@ -52,7 +52,8 @@ def assemble(
     """Assembles a checkpoint folder: model and processor, loadable with `from_pretrained` and `pipeline`.
 
     Args:
-        vision: folder or Hub id of a vision encoder (CLIP, SigLIP, DINOv2, ViT...), or `None` with `vision_config`.
+        vision: folder or Hub id of a vision encoder (CLIP, SigLIP, DINOv2, ViT...), `open_clip:MODEL/TAG_OR_FILE`, or
+            `None` with `vision_config`.
         language: folder or Hub id of a causal language model, or the path of a GGUF file.
         out: folder to write; it appears only when everything has been checked.
         vision_config: configuration of an untrained encoder instead: a dict, or a JSON file or folder that holds one.

@@ -167,7 +167,9 @@ def inspect_command(
 def assemble_command(
     language: Annotated[str, typer.Option(help="Causal LLM: folder, Hub id, or GGUF file.")],
     out: Annotated[Path, typer.Option(help="Folder to write.")],
-    vision: Annotated[str | None, typer.Option(help="Vision encoder: folder or Hub id.")] = None,
+    vision: Annotated[
+        str | None, typer.Option(help="Vision encoder: folder, Hub id, or open_clip:MODEL/TAG_OR_FILE.")
+    ] = None,
     vision_config: Annotated[
         Path | None, typer.Option(help="Instead: config.json of an encoder that starts untrained.")
     ] = None,

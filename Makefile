@@ -6,7 +6,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.longvlm-installed
 FLOOR  := 5.17
-OLD    := .cache/transformers-$(FLOOR)
+OLD    := $(CURDIR)/.cache/transformers-$(FLOOR)
 PYTEST  = $(BIN)/python -m pytest $(if $(SLOW),--slow) $(ARGS)
 
 .PHONY: help setup demo test test-floor test-newest test-matrix lint style types bench clean

@@ -9,6 +9,8 @@ import random
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "2")
+if os.environ.get("PYTHONPATH"):  # tests start processes in other folders, with the same transformers
+    os.environ["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, os.environ["PYTHONPATH"].split(os.pathsep)))
 
 import numpy as np
 import pytest

@@ -7,13 +7,16 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from tiny_models import save_tiny_longvlm, tiny_longvlm
 from transformers.dynamic_module_utils import get_imports
 from video_files import write_video
 
+ROOT = Path(__file__).resolve().parent.parent
 QUESTION = "What happens?"
 CODE = {
     "chat_templates_longvlm.py",
@@ -62,9 +65,10 @@ def answer(film):
     return pipe(video=film, question=QUESTION, max_new_tokens=8)["answer"]
 
 
-def run(code: str, tmp_path, *arguments) -> str:
+def run(code: str, tmp_path, *arguments, **variables) -> str:
     """Standard output of `code` in a fresh process."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf"), "PYTHONWARNINGS": "ignore"}
+    environment |= variables
     command = [sys.executable, "-P", "-c", code, *map(str, arguments)]
     done = subprocess.run(
         command, env=environment, cwd=tmp_path, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=240
@@ -202,3 +206,29 @@ with torch.no_grad():
     run("import longvlm\n" + body, tmp_path, folder, tmp_path / "installed.pt")
     remote, installed = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("remote", "installed"))
     assert torch.equal(remote, installed)
+
+
+@pytest.mark.slow
+def test_a_folder_of_one_transformers_loads_in_the_other(folder, film, answer, tmp_path):
+    """Of the oldest supported version in the newest, or the other way round; `make test-floor` brings the oldest."""
+    floor = ROOT / ".cache" / "transformers-5.17"
+    if not (floor / "transformers").is_dir():
+        pytest.skip("the oldest supported transformers is not here; run: make test-floor")
+    here_is_floor = transformers.__file__.startswith(str(floor))
+    code = (
+        WITHOUT_PACKAGE
+        + f"""
+import transformers
+from transformers import pipeline
+pipe = pipeline("video-question-answering", model=sys.argv[1], trust_remote_code=True)
+pipe.save_pretrained("again")
+print(transformers.__version__, pipe(video=sys.argv[2], question={QUESTION!r}, max_new_tokens=8)["answer"].encode())
+"""
+    )
+    version, there = run(code, tmp_path, folder, film, PYTHONPATH="" if here_is_floor else str(floor)).split(" ", 1)
+    assert version != transformers.__version__
+    assert there == str(answer.encode())
+    # And back again.
+    version, back = run(code, tmp_path, tmp_path / "again", film).split(" ", 1)
+    assert version == transformers.__version__
+    assert back == str(answer.encode())

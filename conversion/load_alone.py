@@ -10,9 +10,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-sys.modules["longvlm"] = None  # type: ignore[assignment]  # importing it fails from here on
-os.environ["HF_HUB_OFFLINE"] = "1"
-
 
 def write_clip(path: Path) -> None:
     """Two seconds of a bright square that moves."""
@@ -64,6 +61,8 @@ def ask(folder: str) -> str:
 
 
 if __name__ == "__main__":
+    sys.modules["longvlm"] = None  # type: ignore[assignment]  # importing it fails from here on
+    os.environ["HF_HUB_OFFLINE"] = "1"
     try:
         from transformers.utils import logging
 

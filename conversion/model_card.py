@@ -133,7 +133,7 @@ def complete_card(
         ValueError: its metadata cannot be parsed.
     """
     card = ModelCard(content)
-    data = card.data
+    data: Any = card.data  # its fields are those of ModelCardData
     for name, value in (("license", license), ("license_name", license_name), ("license_link", license_link)):
         if value is not None:
             setattr(data, name, value)
@@ -154,7 +154,7 @@ def check_card(content: str, *, without_base_model: bool = False) -> list[str]:
         without_base_model: the user said that there is none.
     """
     try:
-        data = ModelCard(content).data
+        data: Any = ModelCard(content).data
     except Exception as error:  # what the YAML parser raises is no ValueError
         return [f"README.md: its metadata cannot be parsed: {' '.join(str(error).split())}"]
     problems = []
@@ -186,7 +186,8 @@ def check_card(content: str, *, without_base_model: bool = False) -> list[str]:
 def licence_warnings(card: ModelCard, config: Mapping[str, Any]) -> list[str]:
     """Parts that may not be published again, as far as their names and sizes tell."""
     text = config.get("text_config", {})
-    names = {*_as_list(card.data.base_model), str(text.get("_name_or_path", ""))}
+    data: Any = card.data
+    names = {*_as_list(data.base_model), str(text.get("_name_or_path", ""))}
     found = [(name, kin) for name in sorted(names) for rule, kin in RESTRICTED.items() if re.search(rule, name, re.I)]
     warnings = [
         f"{name} is {kin}: its weights are for research, and may not be published again; a delta to them may be"

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, EvalResult, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
@@ -120,7 +121,12 @@ def publish(
 
     progress("checking the files")
     problems = [*checks.weight_problems(files), *checks.code_problems(files), *checks.text_problems(files)]
-    about = {"license": license, "license_name": license_name, "license_link": license_link, "base_model": base_model}
+    about: dict[str, Any] = {
+        "license": license,
+        "license_name": license_name,
+        "license_link": license_link,
+        "base_model": base_model,
+    }
     try:
         if own_card is not None:
             card = complete_card(own_card, datasets=datasets, tags=tags, **about)
@@ -259,7 +265,7 @@ def _explain(error: BaseException, repo_id: str) -> str | None:
             if status is not None:
                 return _explain_status(status, reason, repo_id)
             return f"the connection to the Hub failed ({reason}): {AGAIN}"
-    if isinstance(error, RuntimeError):
+    if isinstance(error, RuntimeError) or type(error).__module__.partition(".")[0] in ("hf_xet", "huggingface_hub"):
         return f"the upload failed ({' '.join(str(error).split())}): {AGAIN}"
     return None
 
@@ -270,7 +276,8 @@ def _explain_status(status: int, said: str, repo_id: str) -> str:
             "the Hub does not accept the token (401): log in with `hf auth login`, or set HF_TOKEN to a token that "
             "may write"
         )
-    if status in (402, 413, 507) or "storage" in said.lower() or "quota" in said.lower():
+    full = status == 403 and any(word in said.lower() for word in ("storage", "quota"))
+    if full or status in (402, 413, 507):
         return f"the Hub takes no more data ({status}: {said}): free some storage, then run the same command again"
     if status == 403:
         return f"the Hub does not let this token write to {repo_id} (403: {said}): use another token, or another name"

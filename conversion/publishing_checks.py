@@ -37,7 +37,7 @@ SECRETS = {
 }
 _FOLDERS = (
     "home|Users|root|tmp|mnt|data|work|workspace|scratch|srv|opt|var|media|private|Volumes|content|kaggle|gpfs|nfs|"
-    "lustre|usr|etc"
+    "lustre"
 )
 # In running text: folders that machines have. In a JSON value, which is not text: whatever begins like a path.
 PATH_IN_TEXT = (
@@ -150,11 +150,12 @@ def code_problems(files: Mapping[str, Path]) -> list[str]:
     """Whether a folder's code is that of the installed package, and its configuration points to it."""
     expected, problems = installed_code(), []
     remedy = "--update-code uploads the installed version's instead"
-    for name, file in sorted(expected.items()):
-        if name not in files:
-            problems.append(f"{name} is missing, so it does not load without this package: {remedy}")
-        elif files[name].read_bytes() != file.read_bytes():
-            problems.append(f"{name} is not that of the installed version: {remedy}")
+    missing = sorted(expected.keys() - files.keys())
+    other = sorted(name for name in expected.keys() & files.keys() if not _same(files[name], expected[name]))
+    if missing:
+        problems.append(f"code is missing ({', '.join(missing)}), so it does not load without this package: {remedy}")
+    if other:
+        problems.append(f"code is not that of the installed version ({', '.join(other)}): {remedy}")
     for name in sorted(files):
         if name.endswith(".py") and name not in expected:
             problems.append(f"{name} is no code of this package: remove it, or leave it out with --exclude {name}")
@@ -163,6 +164,10 @@ def code_problems(files: Mapping[str, Path]) -> list[str]:
         if config.get(key) != value:
             problems.append(f"config.json, {key}: it does not name this package's code: save the model again")
     return problems
+
+
+def _same(one: Path, other: Path) -> bool:
+    return one.read_bytes() == other.read_bytes()
 
 
 def loading_problems(folder: Path) -> list[str]:

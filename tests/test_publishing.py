@@ -4,6 +4,7 @@ What arrived is compared byte for byte, and loaded back by its id in a process t
 transformers looks at the imports of every file. Refusals and broken connections leave nothing behind.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -350,9 +351,9 @@ SPOILED = {
     "token in code": (write("extra.py", "token = 'hf_" + "aB3" * 12 + "'"), "extra.py, line 1: a Hugging Face token"),
     "changed code": (
         lambda folder: (folder / "token_merging.py").open("a").write("# mine\n"),
-        "token_merging.py is not that of the installed version",
+        r"code is not that of the installed version \(token_merging.py\)",
     ),
-    "code missing": (lambda folder: (folder / "token_merging.py").unlink(), "token_merging.py is missing"),
+    "code missing": (lambda folder: (folder / "token_merging.py").unlink(), r"code is missing \(token_merging.py\)"),
     "foreign code": (write("handler.py", "pass\n"), "handler.py is no code of this package"),
     "no auto_map": (edit("config.json", lambda values: values.pop("auto_map")), "config.json, auto_map"),
     "no pipeline": (edit("config.json", lambda values: values.pop("custom_pipelines")), "custom_pipelines"),
@@ -476,6 +477,26 @@ def test_failure_is_one_line_commits_nothing_and_the_next_run_finishes(case, hub
     assert {name: arrived[name] for name in contents(folder)} == contents(folder)
     assert len(hub.repos["me/x"].commits) == 1
     assert len(hub.asked(LFS_PUT)) == 1 - sent  # what had arrived was not sent again
+
+
+def test_upload_broken_off_between_shards_goes_on_with_the_rest(hub, quick, folder, capfd):
+    model, _ = tiny_longvlm()
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder, max_shard_size="150KB")
+    oids = {hashlib.sha256(shard.read_bytes()).hexdigest() for shard in folder.glob("*.safetensors")}
+    assert len(oids) > 2
+    last = max(oids)
+    hub.fail = lambda method, path: "drop" if path == f"/lfs/{last}" else None
+    arguments = (folder, "--repo-id", "me/x", *CARD_OPTIONS, "--quiet")
+    check_failed(*command(capfd, *arguments))
+    missing = oids - hub.lfs.keys()
+    assert last in missing and not hub.repos["me/x"].commits
+    hub.fail = lambda method, path: None
+    hub.requests.clear()
+    assert command(capfd, *arguments)[0] == 0
+    assert sorted(hub.asked(LFS_PUT)) == sorted(f"PUT /lfs/{oid}" for oid in missing)
+    main = hub.repos["me/x"].branches["main"]
+    assert {name: main[name] for name in contents(folder)} == contents(folder)
 
 
 def test_wrong_token(hub, quick, folder, capfd, monkeypatch):

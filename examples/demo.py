@@ -18,8 +18,9 @@ from tests.real_data import RealDataUnavailable, real_videos, smollm2_gguf
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / ".cache" / "demo" / "smollm2-untrained-clip"
+PICTURE = ROOT / "demo" / "bikes-tokens.png"
 QUESTION = "What happens in the video?"
-# ViT-L/14 in small: 224 pixels and 256 patches a frame as in the paper, but 4 layers of width 192.
+# ViT-L/14 in small: 224 pixels and 256 patches a frame as in the paper, but 6 layers of width 192.
 VISION_CONFIG = {
     "model_type": "clip_vision_model",
     "hidden_size": 192,
@@ -68,7 +69,12 @@ def main() -> None:
     start = time.perf_counter()
     line = run("ask", shown(video), QUESTION, "--model", shown(MODEL), "--max-new-tokens", "48", "--json")
     answer = json.loads(line.splitlines()[-1])
-    seconds["load it and ask, in a process of its own"] = time.perf_counter() - start
+    label = f"load it and ask, in a process of its own ({answer['seconds']:.1f} for decoding, encoding and answering)"
+    seconds[label] = time.perf_counter() - start
+
+    start = time.perf_counter()
+    run("inspect", shown(video), "--model", shown(MODEL), "--out", shown(PICTURE))
+    seconds["draw how its patches were merged"] = time.perf_counter() - start
 
     print(
         f"""
@@ -76,6 +82,7 @@ What was done
   video     {shown(video)} (real), {answer["frames"]} frames of it
   question  {answer["question"]}
   answer    {answer["answer"]!r}
+  picture   {shown(PICTURE)}: which patches became one token
 
 What this is worth
   real       decoding, token merging, prompt, generation, loading; the language model SmolLM2-135M-Instruct
@@ -86,9 +93,9 @@ Seconds
 """
         + "\n".join(f"  {value:6.1f}  {step}" for step, value in seconds.items())
         + f"""
-  of which {answer["seconds"]:.1f} for decoding, encoding and answering
 
 Where things lie
+  picture     {shown(PICTURE)} (open it)
   checkpoint  {shown(MODEL)} (made once, used again)
   videos      {shown(video.parent)}
   try         {shown(Path(sys.executable).parent / "longvlm")} ask YOUR_VIDEO "YOUR QUESTION" --model {shown(MODEL)}"""

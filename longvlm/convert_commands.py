@@ -91,12 +91,20 @@ def features_command(
     memory: Annotated[Path, typer.Argument(metavar="MEMORY", help="Folder of memory features (.pkl), same names.")],
     out: Annotated[Path, typer.Option(help="Folder of feature shards; a run that was stopped is gone on with.")],
     num_global_layers: Annotated[int, typer.Option(min=0, help="E: last rows of the memory that are used.")] = 5,
+    shard_size: Annotated[int, typer.Option(min=1, help="Size of a shard, in MB.")] = 256,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")] = False,
 ) -> None:
     """Feature pickles of the released code become feature shards. Bad files are listed in failed.jsonl."""
     from longvlm.conversion.original_features import convert_features
 
-    report = convert_features(local, memory, out, num_global_layers=num_global_layers, progress=_progress(quiet))
+    report = convert_features(
+        local,
+        memory,
+        out,
+        num_global_layers=num_global_layers,
+        shard_bytes=shard_size * 10**6,
+        progress=_progress(quiet),
+    )
     print(report, file=sys.stderr)
     print(out)
 

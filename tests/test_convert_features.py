@@ -8,7 +8,6 @@ import os
 import pickle
 import pickletools
 import shutil
-import signal
 import struct
 import subprocess
 import sys
@@ -332,25 +331,19 @@ def test_the_report_says_which_layout_the_features_fit(tmp_path):
     assert layout_of_rows(250) is None
 
 
-RUN = """
-import sys
-from longvlm.conversion.original_features import convert_features
-convert_features(sys.argv[1] + "/local", sys.argv[1] + "/memory", sys.argv[2], shard_bytes=2000)
-"""
-
-
 def test_a_killed_run_is_gone_on_with(tmp_path):
-    values = write_features(tmp_path, 200)
-    out = tmp_path / "out"
-    deadline, shards = time.monotonic() + 60, 0
-    with subprocess.Popen([sys.executable, "-c", RUN, str(tmp_path), str(out)]) as process:
-        while shards < 2 and process.poll() is None and time.monotonic() < deadline:
-            shards = len(list(out.glob("features-*.safetensors")))
-        process.send_signal(signal.SIGKILL)
+    values = write_features(tmp_path, 300, rows=300, width=64)  # 13 MB
+    sources, out = (tmp_path / "local", tmp_path / "memory"), tmp_path / "out"
+    command = [sys.executable, "-m", "longvlm", "convert", "features", *map(str, sources), "--out", str(out)]
+    deadline = time.monotonic() + 60
+    with subprocess.Popen([*command, "--shard-size", "1", "--quiet"]) as process:
+        while len(list(out.glob("features-*.safetensors"))) < 2 and time.monotonic() < deadline:
+            assert process.poll() is None, "it ended before it could be killed"
+        process.kill()
     before = json.loads((out / "index.json").read_text())["videos"]
-    assert 0 < len(before) < 200
-    report = convert_features(tmp_path / "local", tmp_path / "memory", out, shard_bytes=2000)
-    assert report.there_before >= len(before) and report.there_before + report.converted == 200
+    assert 0 < len(before) < 300
+    report = convert_features(*sources, out, shard_bytes=10**6)
+    assert report.there_before >= len(before) and report.there_before + report.converted == 300
     check_features(out, values)
 
 

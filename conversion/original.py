@@ -177,8 +177,7 @@ def convert_original(
     _check_widths(pieces, text_config.hidden_size, vision_config.hidden_size, projector or delta or llm, vision)
     vision_config._name_or_path = vision_part.name
     for name, tensor in vision_part.model.state_dict().items():
-        info = TensorInfo(tuple(tensor.shape), tensor.dtype)
-        pieces[VISION + name] = _Piece(info, lambda tensor=tensor: tensor)
+        pieces[VISION + name] = _held_piece(tensor)
 
     video_processor = _video_processor(vision_part.image_options)
     side = video_processor.size["height"]
@@ -276,6 +275,10 @@ def _is_delta(reader: TensorReader) -> bool:
 
 def _read_piece(reader: TensorReader, name: str) -> _Piece:
     return _Piece(reader.infos[name], lambda: reader.get(name))
+
+
+def _held_piece(tensor: Tensor) -> _Piece:
+    return _Piece(TensorInfo(tuple(tensor.shape), tensor.dtype), lambda: tensor)
 
 
 def _sum_piece(base: TensorReader, delta: TensorReader, name: str) -> _Piece:

@@ -118,9 +118,9 @@ def _check_opcodes(data: bytes) -> None:
                 raise ValueError(f"it is no plain pickle of an array (it has the instruction {opcode.name})")
             if count > MAX_OPCODES:
                 raise ValueError("it is no plain pickle of an array (it has too many instructions)")
-            if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(argument) > MAX_MEMO:
+            if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(argument or 0) > MAX_MEMO:
                 raise ValueError("it is no plain pickle of an array (it counts too far)")
-            end = position + 1
+            end = (position or 0) + 1
     except ValueError as error:
         if str(error).startswith("it is"):
             raise

@@ -12,6 +12,7 @@ import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -176,7 +177,7 @@ class TensorWriter:
             file = f"model-{number:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"
             self.weight_map |= dict.fromkeys(names, file)
         self._waiting = iter(self.plan)
-        self._file = None
+        self._file: BinaryIO | None = None
         self._file_name: str | None = None
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
@@ -207,8 +208,9 @@ class TensorWriter:
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)
         self._file_name = file_name
-        self._file = open(self.folder / file_name, "wb")  # closed by the next shard, or by __exit__
-        self._file.write(len(text).to_bytes(8, "little") + text)
+        opened = open(self.folder / file_name, "wb")  # closed by the next shard, or by __exit__
+        self._file = opened
+        opened.write(len(text).to_bytes(8, "little") + text)
 
     def __enter__(self) -> "TensorWriter":
         return self

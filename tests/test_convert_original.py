@@ -441,7 +441,8 @@ def save_large(folder, layers):
 
 
 def start(folder, out):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    # With a fixed threshold what is freed goes back at once: the peak is that of what was held.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
     command = [sys.executable, "-c", CONVERT, str(folder), str(out)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
 
@@ -453,19 +454,13 @@ def test_memory_does_not_grow_with_the_number_of_shards(tmp_path):
     processes = [start(folder, tmp_path / f"out {folder.name}") for folder in folders]
     peaks = [int(process.communicate()[0].split()[-1]) / 1024 for process in processes]
     # Seven more shards of base and delta are 350 MB more to read, and 175 MB more to write and to run.
-    assert peaks[1] - peaks[0] < 80, f"{peaks[0]:.0f} MB with {few} shard, {peaks[1]:.0f} MB with {many}"
+    assert peaks[1] - peaks[0] < 40, f"{peaks[0]:.0f} MB with {few} shard, {peaks[1]:.0f} MB with {many}"
     assert peaks[1] < 25 + 1000
 
 
 def test_nothing_is_left_half_written_when_it_is_killed(tmp_path):
     folder = save_large(tmp_path / "sources", 2)
     terminated, killed = tmp_path / "terminated", tmp_path / "killed"
-
-    def wait_for_partial(process, out):
-        deadline = time.monotonic() + 90
-        while not list(tmp_path.glob(f".{out.name}.partial-*/*.safetensors")):
-            assert process.poll() is None and time.monotonic() < deadline, "it never began to write"
-            time.sleep(0.005)
 
     sources = {"delta": folder / "delta", "projector": folder / "mm_projector.bin", "vision": folder / "vision"}
     options = [text for name, path in sources.items() for text in (f"--{name}", str(path))]
@@ -474,10 +469,15 @@ def test_nothing_is_left_half_written_when_it_is_killed(tmp_path):
         subprocess.Popen([*command, "--out", str(terminated), "--quiet"]) as first,
         start(folder, killed) as second,
     ):
-        wait_for_partial(first, terminated)
-        first.send_signal(signal.SIGTERM)
-        wait_for_partial(second, killed)
-        second.kill()
+        stops = {terminated: (first, signal.SIGTERM), killed: (second, signal.SIGKILL)}
+        deadline = time.monotonic() + 90
+        while stops:  # each as soon as it has begun to write
+            for out, (process, stop) in list(stops.items()):
+                assert process.poll() is None and time.monotonic() < deadline, "it never began to write"
+                if list(tmp_path.glob(f".{out.name}.partial-*/*.safetensors")):
+                    process.send_signal(stop)
+                    del stops[out]
+            time.sleep(0.005)
     assert first.returncode == 143 and not list(tmp_path.glob("*terminated*"))
     assert not killed.exists() and list(tmp_path.glob(".killed.partial-*"))
     # The next run clears away what the killed one could not.

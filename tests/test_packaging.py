@@ -21,6 +21,7 @@ MODULES = {
     "longvlm/modeling_longvlm": "modeling_longvlm",
     "longvlm/processing": "processing",
     "longvlm/conversion": "conversion",
+    "longvlm/training": "training",
 }
 IMPORT_ALL = """
 import importlib, sys

@@ -1,0 +1,260 @@
+"""Training data: forms of rows, the report of what is dropped, labels equal to the released code's, batches."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from longvlm.training.collator import LongVLMDataCollator
+from longvlm.training.data import build_dataset
+from longvlm.training.labels import encode_chat
+from longvlm.training.rows import as_messages
+from tests.tiny_models import tiny_config, tiny_processor, write_video
+from tests.tokenizers_for_tests import byte_level_tokenizer, original_tokenizer, unigram_tokenizer
+
+FIXTURES = Path(__file__).parent / "fixtures"
+GOLDEN = json.loads((FIXTURES / "labels.json").read_text())
+VIDEOINSTRUCT = json.loads((FIXTURES / "prompts.json").read_text())["videoinstruct"]
+# SmolLM2's, without the sentence about itself: no generation marks, a system text of its own.
+PLAIN_CHATML = (
+    "{% for message in messages %}"
+    "{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nBe kind<|im_end|>\n' }}{% endif %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+# Like Qwen3's: the last answer gets an empty thought that an opened turn does not have, and answers are stripped.
+THINKING = (
+    "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' }}"
+    "{% if message.role == 'assistant' and loop.last %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+    "{{ message.content | trim + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\nHm' }}{% endif %}"
+)
+TOKENIZERS = {
+    "byte level": lambda template: byte_level_tokenizer(template),
+    "byte level with a space in front": lambda template: byte_level_tokenizer(template, add_prefix_space=True),
+    "SentencePiece unigram": lambda template: _with(unigram_tokenizer(), template),
+    "SentencePiece BPE": lambda template: _with(original_tokenizer(), template),
+}
+CHAT = [
+    {"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "Was sieht man? 日本語"}]},
+    {"role": "assistant", "content": "Ein Café - 犬が走る 🐕."},
+    {"role": "user", "content": "Is <|im_end|> or </s> or <video> in it?"},
+    {"role": "assistant", "content": "No </s> is\nin it, nor <vid_patch>."},
+]
+
+
+def _with(tokenizer, template):
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def processor_for(tokenizer):
+    return tiny_processor(tiny_config(), tokenizer=tokenizer)
+
+
+def supervised_texts(processor, chat):
+    """What the labels say, run by run."""
+    runs, last = [], None
+    for position, label in enumerate(chat.labels):
+        if label == -100:
+            continue
+        assert label == chat.input_ids[position]
+        if last == position - 1:
+            runs[-1].append(label)
+        else:
+            runs.append([label])
+        last = position
+    return [processor.tokenizer.decode(run) for run in runs]
+
+
+@pytest.mark.parametrize("case", GOLDEN["cases"], ids=lambda case: case["name"])
+@pytest.mark.parametrize("marked", [True, False], ids=["generation marks", "prefixes"])
+def test_labels_are_those_of_the_released_code(case, marked):
+    processor = processor_for(original_tokenizer())
+    if not marked:
+        words = ("{%- generation -%}", "{%- endgeneration -%}")
+        for word in words:
+            assert word in processor.chat_template
+            processor.chat_template = processor.chat_template.replace(word, "")
+    row = {"conversations": case["conversations"], "video": "v.mp4"}
+    if not case["num_video_tokens"]:
+        del row["video"]
+    if not case["answer_spans"]:
+        with pytest.raises(ValueError, match="no assistant says anything"):
+            as_messages(row)
+        return
+    messages = as_messages(row)
+    counts = [case["num_video_tokens"]] * bool(case["num_video_tokens"])
+    chat = encode_chat(processor, messages, counts)
+    # A token counts if it lies in [start - 1, end): the space before an answer is in its first token.
+    encoded = processor.tokenizer(case["prompt"], return_offsets_mapping=True)
+    assert chat.input_ids == encoded["input_ids"]
+    inside = [
+        any(a < end and b > start - 1 for start, end in case["answer_spans"]) and b > a
+        for a, b in encoded["offset_mapping"]
+    ]
+    expected = [token if said else -100 for token, said in zip(encoded["input_ids"], inside, strict=True)]
+    assert chat.labels == expected
+
+
+@pytest.mark.parametrize("template", [PLAIN_CHATML, THINKING, None], ids=["ChatML", "thinking", "Vicuna"])
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_loss_is_on_answers_and_their_end_token_only(name, template):
+    processor = processor_for(TOKENIZERS[name](template))
+    chat = encode_chat(processor, CHAT, [8])
+    assert chat.input_ids.count(processor.video_token_id) == 8
+    end = processor.tokenizer.eos_token if template is None else "<|im_end|>"
+    texts = supervised_texts(processor, chat)
+    wanted = ["Ein Café - 犬が走る 🐕." + end, "No </s> is\nin it, nor <vid_patch>." + end]
+    assert [text.replace(" ", "") for text in texts] == [text.replace(" ", "") for text in wanted]
+
+
+def test_marks_of_a_template_and_prefixes_give_the_same_labels():
+    from tests.tokenizers_for_tests import CHATML_TEMPLATE
+
+    plain = CHATML_TEMPLATE.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+    marked = encode_chat(processor_for(byte_level_tokenizer(CHATML_TEMPLATE)), CHAT, [8])
+    assert encode_chat(processor_for(byte_level_tokenizer(plain)), CHAT, [8]) == marked
+
+
+def test_rows_of_videoinstruct_alternate_as_in_the_released_code():
+    for number, (row, converted) in enumerate(
+        zip(VIDEOINSTRUCT["input"], VIDEOINSTRUCT["converted_plain"], strict=True)
+    ):
+        assert as_messages(row, number) == as_messages({**converted, "video": row["video_id"]})
+
+
+def test_all_forms_of_a_row_become_the_same_chat():
+    chat = [
+        {"role": "user", "content": [{"type": "video", "video": "v"}, {"type": "text", "text": "Who?"}]},
+        {"role": "assistant", "content": "A man."},
+    ]
+    turns = [{"from": "human", "value": "<video>\nWho?"}, {"from": "gpt", "value": "A man."}]
+    trl = [{"role": "user", "content": "<video>\nWho?"}, {"role": "assistant", "content": "A man."}]
+    rows = [
+        {"video_id": "v", "q": "Who?", "a": "A man."},
+        {"video": "v", "conversations": turns},
+        {"messages": chat},
+        {"messages": trl, "videos": ["v"]},
+        {"video": "v", "question": "Who?", "answer": "A man."},
+    ]
+    for row in rows:
+        assert as_messages(row, 1) == chat
+    # What a person wrote in a chat without videos stays text.
+    assert as_messages({"messages": trl}) == trl
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("videos")
+    write_video(folder / "long.mp4", num_frames=24)
+    write_video(folder / "short.mp4", num_frames=3)
+    (folder / "broken.mp4").write_bytes(b"no video at all")
+    return folder
+
+
+def test_every_dropped_row_is_named_with_its_reason(videos, tmp_path):
+    lines = [
+        {"video_id": "long", "q": "Who?", "a": "A man."},
+        {"video_id": "missing", "q": "Who?", "a": "A man."},
+        {"video_id": "broken", "q": "Who?", "a": "A man."},
+        {"video_id": "short", "q": "Who?", "a": " "},
+        {"video_id": "short", "q": "Who?", "a": "A man. " * 100},
+        {"video": "long.mp4", "conversations": [{"from": "human", "value": "Hm"}, {"from": "gpt", "value": "Yes"}]},
+        {"q": "Two and two?", "a": "Four."},
+        {"whatever": 1},
+        {"messages": [{"role": "tool", "content": "x"}]},
+    ]
+    text = "\n".join(json.dumps(line) for line in lines[:3]) + "\n{oops\n\n"
+    (tmp_path / "rows.jsonl").write_text(text + "\n".join(json.dumps(line) for line in lines[3:]))
+    processor = processor_for(byte_level_tokenizer())
+    dataset, report = build_dataset([tmp_path / "rows.jsonl"], processor, video_folders=[videos], max_length=300)
+    assert [chat.where for chat in dataset.chats] == ["rows.jsonl, line 1", "rows.jsonl, line 9"]
+    assert {(row.where.split()[-1], row.kind) for row in report.dropped} == {
+        ("2", "missing video"),
+        ("3", "broken video"),
+        ("4", "bad line"),
+        ("6", "no answer"),
+        ("7", "too long"),
+        ("8", "videos and places differ"),
+        ("10", "unknown form"),
+        ("11", "unknown role"),
+    }
+    report.save(tmp_path / "report.json")
+    saved = json.loads((tmp_path / "report.json").read_text())
+    assert saved["kept"] == 2 and '"missing" is not in' in saved["dropped"][0]["reason"]
+    assert str(report).startswith("2 rows kept, 8 dropped: ")
+    with pytest.raises(ValueError, match="no row to train on is left"):
+        build_dataset([[{"q": "Who?", "a": ""}]], processor)
+
+
+def test_json_parquet_and_datasets_give_the_same_rows(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    rows = [{"q": f"Question {i}?", "a": f"Answer {i}."} for i in range(4)]
+    table = datasets.Dataset.from_list(rows)
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    table.to_parquet(tmp_path / "rows.parquet")
+    table.save_to_disk(tmp_path / "saved")
+    processor = processor_for(byte_level_tokenizer())
+    sources = [tmp_path / "rows.json", tmp_path / "rows.parquet", tmp_path / "saved", table]
+    chats = [[c.messages for c in build_dataset([source], processor)[0].chats] for source in sources]
+    assert len(chats[0]) == 4 and all(chat == chats[0] for chat in chats)
+
+
+def test_weights_repeat_and_thin_out_files():
+    processor = processor_for(byte_level_tokenizer())
+    one, two = ([{"q": f"{name} {i}?", "a": "Yes."} for i in range(6)] for name in "ab")
+    dataset, report = build_dataset([one, two], processor, weights=[2, 0.5])
+    questions = [chat.messages[0]["content"] for chat in dataset.chats]
+    assert report.kept == 12
+    assert all(questions.count(f"a {i}?") == 2 for i in range(6))
+    assert len({q for q in questions if q.startswith("b")}) == 3 == len(questions) - 12
+
+
+def test_truncation_cuts_the_end_and_never_a_video():
+    processor = processor_for(original_tokenizer())
+    whole = encode_chat(processor, CHAT, [8])
+    cut = encode_chat(processor, CHAT, [8], max_length=len(whole) - 3, too_long="truncate")
+    assert cut.input_ids == whole.input_ids[:-3] and cut.labels == whole.labels[:-3]
+    video_last = [
+        {"role": "user", "content": [{"type": "text", "text": "Who?"}, {"type": "video"}]},
+        {"role": "assistant", "content": "A man."},
+    ]
+    whole = encode_chat(processor, video_last, [30])
+    last = max(i for i, token in enumerate(whole.input_ids) if token == processor.video_token_id)
+    for limit, reason in ((last, "would cut a video"), (last + 3, "nothing of the answers")):
+        with pytest.raises(ValueError, match=reason):
+            encode_chat(processor, video_last, [30], max_length=limit, too_long="truncate")
+
+
+def test_a_batch_is_padded_on_the_right_and_has_its_videos(videos):
+    processor = processor_for(byte_level_tokenizer())
+    rows = [
+        {"video_id": str(videos / "long.mp4"), "q": "Who?", "a": "A man."},
+        {"q": "Two and two?", "a": "Four."},
+        {"video_id": str(videos / "short.mp4"), "q": "Who comes in then, and why?", "a": "A man with a dog."},
+    ]
+    collator = LongVLMDataCollator(processor, pad_to_multiple_of=8)
+    batch = collator(rows)
+    assert batch["input_ids"].shape[1] % 8 == 0
+    assert batch["num_frames"].tolist() == [8, 3]
+    assert batch["pixel_values_videos"].shape[:2] == (2, 8)
+    counts = (batch["input_ids"] == processor.video_token_id).sum(1).tolist()
+    assert counts == [processor.num_video_tokens(8), 0, processor.num_video_tokens(3)]
+    for row, mask in enumerate(batch["attention_mask"]):
+        length = int(mask.sum())
+        assert mask[:length].all() and (batch["labels"][row, length:] == -100).all()
+        alone = collator([rows[row]])
+        assert torch.equal(alone["labels"][0, :length], batch["labels"][row, :length])
+    assert "pixel_values_videos" not in collator(rows[1:2])
+    # The processor still pads as generation needs it.
+    assert processor.tokenizer.padding_side == "left"
+
+
+def test_too_long_a_row_in_the_collator_is_told_in_one_line():
+    processor = processor_for(byte_level_tokenizer())
+    with pytest.raises(ValueError, match=r"row 0 of a batch cannot be trained on: .* max_length is 5"):
+        LongVLMDataCollator(processor, max_length=5)([{"q": "Two and two?", "a": "Four."}])

@@ -1,0 +1,190 @@
+"""Rows of training data, in any of the known forms, become chats: `{"messages": [{"role", "content"}]}`.
+
+Known forms: TRL's `messages`; LLaVA's `conversations` with `<video>` in what the human says; VideoInstruct-100K's
+`video_id, q, a`; `video, question, answer`. In a chat a video is a part `{"type": "video", "video": ...}`: the
+processor takes strings as text, so a `<video>` mark left in one would be read aloud, not looked at.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+VIDEO_MARK = "<video>"
+ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "model": "assistant",
+    "system": "system",
+}
+VIDEO_KEYS = ("video", "videos", "video_id", "video_name", "video_path")
+
+
+class BadRow(ValueError):
+    """A row that cannot be trained on: `kind` counts, the message tells."""
+
+    def __init__(self, kind: str, detail: str):
+        super().__init__(detail)
+        self.kind = kind
+
+
+def as_messages(row: Any, number: int = 0) -> list[dict]:
+    """
+    The chat of a row.
+
+    Args:
+        row: a mapping in one of the known forms.
+        number: of the row in its file, from 0. VideoInstruct rows ask before the video if it is even, else after it
+            (as the released code has it).
+
+    Returns:
+        Messages. What a user says that holds videos is a list of parts, all else a string. Assistants that speak
+        before anybody asked are left out, as in the released code.
+
+    Raises:
+        BadRow: the row has no known form, no answer, or other numbers of videos and of places for them.
+    """
+    if not isinstance(row, Mapping):
+        raise BadRow("unknown form", f"a row must be a mapping, not {type(row).__name__}")
+    given = _videos_of(row)
+    if row.get("messages") is not None:
+        messages = [_read_message(message, "role", "content") for message in _a_list(row["messages"], "messages")]
+    elif row.get("conversations") is not None:
+        turns = _a_list(row["conversations"], "conversations")
+        messages = [_read_message(turn, "from", "value") for turn in turns]
+    elif "q" in row and "a" in row:
+        question = _text(row["q"], "q")
+        marked = f"{question}\n{VIDEO_MARK}" if number % 2 == 0 else f"{VIDEO_MARK}\n{question}"
+        messages = _two_turns(marked if given else question, _text(row["a"], "a"))
+    elif "question" in row and "answer" in row:
+        question = _text(row["question"], "question")
+        messages = _two_turns(f"{VIDEO_MARK}\n{question}" if given else question, _text(row["answer"], "answer"))
+    else:
+        raise BadRow(
+            "unknown form",
+            f"none of messages, conversations, q + a, question + answer is among its keys: {', '.join(map(str, row))}",
+        )
+    first = next((i for i, message in enumerate(messages) if message["role"] != "assistant"), len(messages))
+    messages = _place_videos(messages[first:], given, marks_count="conversations" in row)
+    if not any(message["role"] == "assistant" and message["content"].strip() for message in messages):
+        raise BadRow("no answer", "no assistant says anything")
+    return messages
+
+
+def videos_in(messages: list[dict]) -> list[Any]:
+    """The videos of a chat, in the order of their places; `None` for a place without one."""
+    return [part.get("video") for part in _video_parts(messages)]
+
+
+def without_videos(messages: list[dict]) -> list[dict]:
+    """The chat with bare places, for a processor that gets pixels or features in another way."""
+    return [
+        message
+        if isinstance(message["content"], str)
+        else {**message, "content": [{"type": "video"} if _is_video(p) else p for p in message["content"]]}
+        for message in messages
+    ]
+
+
+def _video_parts(messages: list[dict]) -> list[dict]:
+    return [
+        part
+        for message in messages
+        if not isinstance(message["content"], str)
+        for part in message["content"]
+        if _is_video(part)
+    ]
+
+
+def _is_video(part: Any) -> bool:
+    return isinstance(part, Mapping) and part.get("type") == "video"
+
+
+def _two_turns(question: str, answer: str) -> list[dict]:
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def _videos_of(row: Mapping) -> list[Any]:
+    """Videos that stand beside the text of a row."""
+    value = next((row[key] for key in VIDEO_KEYS if row.get(key) not in (None, "", [])), None)
+    if value is None:
+        return []
+    # A list of pictures is one video only inside a list of videos.
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _a_list(value: Any, name: str) -> list:
+    if not isinstance(value, (list, tuple)) or not value:
+        raise BadRow("unknown form", f"{name} must be a list of turns, not {value!r:.60}")
+    return list(value)
+
+
+def _text(value: Any, name: str) -> str:
+    if not isinstance(value, str):
+        raise BadRow("unknown form", f"{name} must be text, not {type(value).__name__}")
+    return value
+
+
+def _read_message(turn: Any, role_key: str, content_key: str) -> dict:
+    if not isinstance(turn, Mapping) or role_key not in turn:
+        raise BadRow("unknown form", f'a turn must have "{role_key}" and "{content_key}", not {turn!r:.60}')
+    role = ROLES.get(turn[role_key])
+    if role is None:
+        raise BadRow("unknown role", f'"{role_key}" is {turn[role_key]!r}; known are {", ".join(ROLES)}')
+    content = turn.get(content_key)
+    if content is None:
+        content = ""
+    if isinstance(content, (list, tuple)):
+        parts = [_read_part(part) for part in content]
+        if role != "user" or not any(map(_is_video, parts)):
+            if any(map(_is_video, parts)):
+                raise BadRow("misplaced video", f"a video stands in what the {role} says")
+            return {"role": role, "content": "".join(part["text"] for part in parts)}
+        return {"role": role, "content": parts}
+    return {"role": role, "content": _text(content, content_key)}
+
+
+def _read_part(part: Any) -> dict:
+    if isinstance(part, str):
+        return {"type": "text", "text": part}
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    if kind == "text":
+        return {"type": "text", "text": _text(part.get("text"), "text")}
+    if kind == "video":
+        value = next((part[key] for key in ("video", "path", "url") if part.get(key) is not None), None)
+        return {"type": "video"} if value is None else {"type": "video", "video": value}
+    raise BadRow("unknown form", f'a part has the type {kind!r}; known are "text" and "video"')
+
+
+def _place_videos(messages: list[dict], given: list[Any], *, marks_count: bool) -> list[dict]:
+    """Marks become parts, and the videos that stand beside the text go to their places, in order."""
+    # Without videos beside it, `<video>` in TRL's messages is only something that a person wrote.
+    if given or marks_count:
+        messages = [
+            {**message, "content": _split_at_marks(message["content"])}
+            if message["role"] == "user" and isinstance(message["content"], str)
+            else message
+            for message in messages
+        ]
+    empty = [part for part in _video_parts(messages) if "video" not in part]
+    if len(empty) != len(given):
+        raise BadRow(
+            "videos and places differ", f"it has {len(empty)} place(s) for a video and names {len(given)} video(s)"
+        )
+    for part, video in zip(empty, given, strict=True):
+        part["video"] = video
+    return messages
+
+
+def _split_at_marks(text: str) -> str | list[dict]:
+    """The line feed between text and video is the processor's to write, as it is for everybody who asks."""
+    if VIDEO_MARK not in text:
+        return text
+    parts: list[dict] = []
+    for piece in re.split(f"({VIDEO_MARK})", text):
+        if piece == VIDEO_MARK:
+            parts.append({"type": "video"})
+        elif piece.strip():
+            parts.append({"type": "text", "text": piece.strip()})
+    return parts

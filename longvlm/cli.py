@@ -14,6 +14,7 @@ import typer
 import longvlm
 from longvlm.convert_commands import convert
 from longvlm.publish_command import publish_command
+from longvlm.train_commands import extract_command
 
 app = typer.Typer(
     help="LongVLM: ask questions about long videos.",
@@ -25,6 +26,7 @@ app = typer.Typer(
 
 app.add_typer(convert, name="convert")
 app.command("publish")(publish_command)
+app.command("extract")(extract_command)
 
 DTYPE_HELP = "float32, bfloat16, float16, or auto: as saved."
 

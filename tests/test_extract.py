@@ -1,0 +1,169 @@
+"""`longvlm extract`: every video once, whatever is broken or killed; features that do not fit are refused."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from longvlm.conversion.feature_shards import FeatureReader
+from longvlm.training.features import check_features, extract_features, feature_metadata
+from tests.tiny_models import save_tiny_longvlm, tiny_longvlm, write_video
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("videos")
+    (folder / "more").mkdir()
+    for number in range(4):
+        write_video(folder / f"v_{number}.mp4", num_frames=10 + 3 * number)
+    write_video(folder / "more" / "v_0.avi", num_frames=5)
+    (folder / "broken.mp4").write_bytes(b"no video at all")
+    return folder
+
+
+NAMES = {"v_0", "v_1", "v_2", "v_3", "more/v_0"}
+
+
+def check_whole(folder, model, processor, videos):
+    """Every readable video is there once, as the model encodes it; the broken one is told."""
+    reader = FeatureReader(folder)
+    assert set(reader) == NAMES
+    stored = [name for shard in folder.glob("*.safetensors") for name in names_in(shard)]
+    assert sorted(stored) == sorted(NAMES)
+    for name in NAMES:
+        file = next(videos.glob(f"{name}.*"))
+        inputs = processor.video_processor(str(file), return_tensors="pt")
+        with torch.no_grad():
+            expected = model.get_video_features(**{k: inputs[k] for k in ("pixel_values_videos", "num_frames")})
+        torch.testing.assert_close(reader[name].local_features, expected.local_features[0])
+        torch.testing.assert_close(reader[name].global_features, expected.global_features[0])
+    failed = [json.loads(line) for line in (folder / "failed.jsonl").read_text().splitlines()]
+    assert [one["video"] for one in failed] == ["broken"] and failed[0]["reason"]
+    # Nothing of the work in between is left.
+    left = {file.name for file in folder.rglob("*") if file.suffix != ".safetensors"}
+    assert left - {".lock"} == {"index.json", "failed.jsonl"}
+
+
+def names_in(shard):
+    from safetensors import safe_open
+
+    with safe_open(shard, framework="pt") as opened:
+        return [key.removesuffix("/local") for key in opened.keys() if key.endswith("/local")]
+
+
+def test_a_broken_video_does_not_stop_the_rest(videos, tmp_path):
+    model, processor = tiny_longvlm()
+    report = extract_features([videos], tmp_path, model=model, processor=processor, shard_bytes=5000)
+    assert (report.encoded, report.there_before, report.failed) == (5, 0, 1)
+    check_whole(tmp_path, model, processor, videos)
+    again = extract_features([videos], tmp_path, model=model, processor=processor)
+    assert (again.encoded, again.there_before, again.failed) == (0, 5, 1)
+    check_whole(tmp_path, model, processor, videos)
+
+
+def test_a_repaired_video_is_encoded_by_the_next_run(videos, tmp_path):
+    model, processor = tiny_longvlm()
+    (tmp_path / "v.mp4").write_bytes(b"still downloading")
+    report = extract_features([tmp_path], tmp_path / "out", model=model, processor=processor)
+    assert report.failed == 1 and (tmp_path / "out" / "failed.jsonl").exists()
+    write_video(tmp_path / "v.mp4")
+    report = extract_features([tmp_path], tmp_path / "out", model=model, processor=processor)
+    assert report.encoded == 1 and not (tmp_path / "out" / "failed.jsonl").exists()
+
+
+def test_killed_at_any_moment_no_video_is_lost_doubled_or_half_written(videos, tmp_path):
+    """A run dies after each number of videos in turn, by the hardest way there is, between any two of its steps."""
+    model, processor = tiny_longvlm()
+    script = """
+import os, sys
+import longvlm.conversion.feature_shards as shards, longvlm.training.features as features
+from tests.tiny_models import tiny_longvlm
+model, processor = tiny_longvlm()
+left = int(sys.argv[3])
+real = os.replace
+def replace(source, target):
+    # Every file gets its name by this call: die before one of them.
+    global left
+    left -= 1
+    if left < 0:
+        os.kill(os.getpid(), 9)
+    real(source, target)
+os.replace = replace
+features.extract_features([sys.argv[1]], sys.argv[2], model=model, processor=processor, shard_bytes=1)
+"""
+    for lives in (2, 6, 9):
+        done = subprocess.run([sys.executable, "-c", script, videos, tmp_path, str(lives)], cwd=ROOT, env=os.environ)
+        assert done.returncode == -signal.SIGKILL
+    report = extract_features([videos], tmp_path, model=model, processor=processor)
+    assert report.there_before > 0 and report.there_before + report.encoded == 5
+    check_whole(tmp_path, model, processor, videos)
+
+
+def test_features_of_another_model_or_other_frames_are_refused(videos, tmp_path):
+    model, processor = tiny_longvlm()
+    extract_features([videos / "v_0.mp4"], tmp_path, model=model, processor=processor)
+    reader = FeatureReader(tmp_path)
+    metadata = feature_metadata(model, processor.video_processor)
+    check_features(reader, metadata, 2)
+    # A bfloat16 copy is the same encoder.
+    check_features(reader, feature_metadata(tiny_longvlm()[0].bfloat16(), processor.video_processor), 2)
+    others = {
+        "encoder_weights": feature_metadata(tiny_longvlm(seed=1)[0], processor.video_processor),
+        "tokens_per_segment is 6 and not 5": feature_metadata(
+            tiny_longvlm(tokens_per_segment=5)[0], processor.video_processor
+        ),
+        "num_frames is 8 and not 4": feature_metadata(model, processor.video_processor, {"num_frames": 4}),
+        "fps is None and not 2.0": feature_metadata(model, processor.video_processor, {"fps": 2.0}),
+    }
+    for difference, other in others.items():
+        with pytest.raises(ValueError, match=difference):
+            check_features(reader, other, 2)
+        with pytest.raises(ValueError, match="made in another way"):
+            changed = {"num_frames": 4} if "num_frames" in difference else None
+            other_model = tiny_longvlm(seed=1)[0] if changed is None else model
+            extract_features([videos], tmp_path, model=other_model, processor=processor, video_options=changed)
+
+
+def test_two_videos_of_one_name_are_an_error(videos, tmp_path):
+    model, processor = tiny_longvlm()
+    sources = [videos / "v_0.mp4", videos / "more" / "v_0.avi"]
+    with pytest.raises(ValueError, match='would both be called "v_0"'):
+        extract_features(sources, tmp_path, model=model, processor=processor)
+
+
+def run_extract(*arguments):
+    return subprocess.Popen(
+        [sys.executable, *map(str, arguments)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_videos_and_go_on_after_a_kill(videos, tmp_path):
+    model = save_tiny_longvlm(tmp_path / "model")
+    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", 2, "-m", "longvlm", "extract"]
+    command = [*launch, videos, "--model", model, "--out", tmp_path / "out", "--quiet"]
+    process = run_extract(*command)
+    deadline = time.time() + 120
+    while not list(tmp_path.glob("out/.part-*")) and time.time() < deadline and process.poll() is None:
+        time.sleep(0.02)
+    subprocess.run(["kill", "-9", *children_of(process.pid), str(process.pid)], check=False)
+    process.wait()
+    process = run_extract(*command)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err[-3000:]
+    assert err.count("1 failed") == 1
+    check_whole(tmp_path / "out", *tiny_longvlm(), videos)
+
+
+def children_of(pid):
+    import psutil
+
+    return [str(child.pid) for child in psutil.Process(pid).children(recursive=True)]

@@ -4,7 +4,10 @@ The letters of the paper, used in shape comments throughout: T frames of a video
 vision encoder, K frames of a segment, S segments of a video, M tokens of a segment, E global tokens, C merge heads.
 """
 
+import operator
+
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .token_merging import clip_schedule
 
@@ -87,14 +90,13 @@ class LongVLMConfig(PreTrainedConfig):
         lm_head_bias: bool = False,
         **kwargs,
     ):
-        vision_config = _sub_config("vision_config", vision_config, "clip_vision_model", _DEFAULT_VISION_CONFIG)
-        self.vision_config = getattr(vision_config, "vision_config", vision_config)
-        self.text_config = _sub_config("text_config", text_config, "llama", {})
+        self.vision_config = _vision_config(vision_config)
+        self.text_config = _text_config(text_config)
         self.frames_per_segment = frames_per_segment
         self.tokens_per_segment = tokens_per_segment
         self.num_global_layers = num_global_layers
         self.vision_feature_layer = vision_feature_layer
-        self.merge_schedule = None if merge_schedule is None else list(merge_schedule)
+        self.merge_schedule = list(merge_schedule) if isinstance(merge_schedule, tuple) else merge_schedule
         self.merge_similarity = merge_similarity
         self.merge_num_heads = merge_num_heads
         self.merge_order = merge_order
@@ -116,13 +118,11 @@ class LongVLMConfig(PreTrainedConfig):
         # `generate()` and tying look for it here; it is the LLM's to decide.
         kwargs.setdefault("tie_word_embeddings", getattr(self.text_config, "tie_word_embeddings", False))
         self.validate_method()
-        if self.merge_schedule is not None:
-            full = self.frames_per_segment * self.patches_per_frame
-            self.tokens_per_segment = full - sum(clip_schedule(self.merge_schedule, full))
         super().__init__(**kwargs)
 
     def validate_method(self) -> None:
-        """Refuses values that the method cannot work with; see `Raises` of the class."""
+        """Refuses values that the method cannot work with (see `Raises` of the class), and brings
+        `tokens_per_segment` in line with `merge_schedule`. The model calls it again: options may have been changed."""
         layers = self.vision_config.num_hidden_layers
         width = self.vision_config.hidden_size
         _at_least("frames_per_segment", self.frames_per_segment, 1)
@@ -130,8 +130,11 @@ class LongVLMConfig(PreTrainedConfig):
         _at_least("vision_chunk_frames", self.vision_chunk_frames, 1)
         _at_least("merge_num_heads", self.merge_num_heads, 1)
         _at_least("num_global_layers", self.num_global_layers, 0)
-        for name in ("video_token_id", "video_start_token_id", "video_end_token_id"):
-            _at_least(name, getattr(self, name), 0)
+        ids = {name: getattr(self, name) for name in ("video_token_id", "video_start_token_id", "video_end_token_id")}
+        for name, value in ids.items():
+            _at_least(name, value, 0)
+        if len(set(ids.values())) < len(ids):
+            raise ValueError(f"The three video tokens need ids of their own, got {ids}.")
         if self.num_global_layers > layers:
             raise ValueError(
                 f"num_global_layers must be at most the {layers} layers of the vision encoder, got "
@@ -147,18 +150,25 @@ class LongVLMConfig(PreTrainedConfig):
             raise ValueError(
                 f"merge_num_heads must divide the width {width} of the vision encoder, got {self.merge_num_heads}."
             )
+        if not isinstance(self.merge_schedule, (list, type(None))):
+            raise ValueError(f"merge_schedule must be a list of numbers of pairs, got {self.merge_schedule!r}.")
         for r in self.merge_schedule or ():
             _at_least("every step of merge_schedule", r, 1)
         _one_of("merge_similarity", self.merge_similarity, ("mean_head", "per_head"))
         _one_of("merge_order", self.merge_order, ("matching", "time"))
         _one_of("global_placement", self.global_placement, ("prefix", "suffix", "none"))
         _one_of("projector_type", self.projector_type, ("linear", "mlp2x_gelu"))
+        if self.image_size is not None and not isinstance(self.image_size, (list, tuple)):
+            _at_least("image_size", self.image_size, 1)
         (height, width), (patch_height, patch_width) = self.frame_size, _pair(self.vision_config.patch_size)
         if height < patch_height or width < patch_width:
             raise ValueError(
                 f"A frame must hold a patch at least: frames are {height} x {width} pixels, patches "
                 f"{patch_height} x {patch_width}."
             )
+        if self.merge_schedule is not None:
+            full = self.frames_per_segment * self.patches_per_frame
+            self.tokens_per_segment = full - sum(clip_schedule(self.merge_schedule, full))
 
     @property
     def frame_size(self) -> tuple[int, int]:
@@ -185,10 +195,33 @@ class LongVLMConfig(PreTrainedConfig):
             ValueError: if there is not a single frame.
         """
         _at_least("num_frames", num_frames, 1)
+        num_frames = operator.index(num_frames)
         segments, rest = divmod(num_frames, self.frames_per_segment)
         frames = [self.frames_per_segment] * segments + [rest]
         local = sum(min(self.tokens_per_segment, n * self.patches_per_frame) for n in frames)
         return self.num_global_tokens + local
+
+
+def _vision_config(value) -> PreTrainedConfig:
+    config = _sub_config("vision_config", value, "clip_vision_model", _DEFAULT_VISION_CONFIG)
+    config = getattr(config, "vision_config", config)  # of CLIP or SigLIP with both towers
+    missing = [n for n in ("hidden_size", "num_hidden_layers", "image_size", "patch_size") if not hasattr(config, n)]
+    if missing:
+        raise ValueError(
+            f"vision_config has model_type {config.model_type!r}, which has no {', '.join(missing)}: the vision "
+            "encoder must turn square pictures into one token a patch (CLIP, SigLIP, DINOv2, ViT)."
+        )
+    return config
+
+
+def _text_config(value) -> PreTrainedConfig:
+    config = _sub_config("text_config", value, "llama", {}).get_text_config(decoder=True)
+    known, causal = config.model_type in CONFIG_MAPPING, config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    if (known and not causal) or getattr(config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"text_config has model_type {config.model_type!r}, no causal language model such as Llama or Qwen."
+        )
+    return config
 
 
 def _sub_config(name: str, value, default_type: str, default: dict) -> PreTrainedConfig:
@@ -212,7 +245,7 @@ def _pair(size) -> tuple[int, int]:
 
 
 def _at_least(name: str, value, limit: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < limit:
+    if not hasattr(value, "__index__") or isinstance(value, bool) or operator.index(value) < limit:
         raise ValueError(f"{name} must be a whole number of at least {limit}, got {value!r}.")
 
 

@@ -56,7 +56,8 @@ _NOT_BOTH = "Give pixel_values_videos or video_features, not both: the features 
 @dataclass
 class LongVLMVideoFeatures(BaseModelOutputWithPooling):
     """
-    What `get_video_features` returns: the features of some videos, to be used for any number of questions.
+    What `get_video_features` returns: the features of some videos, to be used for any number of questions. The model
+    brings them to its own devices and dtype.
 
     Args:
         last_hidden_state (`Tensor` of shape `(videos, max n_i, d)`): a video's tokens in the order in which the LLM
@@ -147,7 +148,10 @@ class LongVLMPreTrainedModel(PreTrainedModel):
             super().save_pretrained(save_directory, **kwargs)
         finally:
             for name, value in had.items():
-                delattr(self.config, name) if value is None else setattr(self.config, name, value)
+                if value is None:
+                    delattr(self.config, name)
+                else:
+                    setattr(self.config, name, value)
 
     def get_video_features(
         self, pixel_values_videos: Tensor, num_frames: Tensor | list[int] | None = None, **kwargs
@@ -212,7 +216,9 @@ class LongVLMModel(LongVLMPreTrainedModel):
                 f"{tuple(pixel_values_videos.shape)}."
             )
         videos, max_frames = pixel_values_videos.shape[:2]
-        num_frames = [max_frames] * videos if num_frames is None else torch.as_tensor(num_frames).tolist()
+        if not videos:
+            raise ValueError("pixel_values_videos holds no video: leave it out for prompts without video.")
+        num_frames = [max_frames] * videos if num_frames is None else torch.as_tensor(num_frames).flatten().tolist()
         if len(num_frames) != videos or not all(1 <= n <= max_frames for n in num_frames):
             raise ValueError(
                 f"num_frames must hold a number from 1 to {max_frames} for each of {videos} videos, got {num_frames}."
@@ -250,6 +256,7 @@ class LongVLMModel(LongVLMPreTrainedModel):
 
     def _encode(self, pieces: Iterable[Tensor], kept: dict[str, list]) -> tuple[Tensor, Tensor]:
         """Pieces `(frames, 3, H, W)` of a video -> its local features `(L, d)` and global features `(E, d)`."""
+        self.config.validate_method()  # options may have been changed since the model was made
         k = self.config.frames_per_segment
         merged: list[Tensor] = []
         waiting: list[Tensor] = []  # patches of frames whose segment is not complete yet, (frames, N, d)
@@ -258,7 +265,7 @@ class LongVLMModel(LongVLMPreTrainedModel):
             outputs = self._run_vision_tower(chunk, output_attentions="attentions" in kept)
             for name, chunks in kept.items():
                 chunks.append(outputs[name])
-            patches, class_tokens = self._split_tokens(outputs.hidden_states, chunk)  # (c, N, d), (E, c, d)
+            patches, class_tokens = self._split_tokens(outputs.hidden_states)  # (c, N, d), (E, c, d)
             # In float32: a sum over thousands of frames would lose its small terms in half precision.
             global_sum = global_sum + class_tokens.float().sum(1)  # (E, d)
             num_frames += len(chunk)
@@ -276,24 +283,26 @@ class LongVLMModel(LongVLMPreTrainedModel):
         return torch.cat(merged), (global_sum / num_frames).to(patches.dtype)
 
     def _run_vision_tower(self, frames: Tensor, output_attentions: bool) -> BaseModelOutputWithPooling:
+        size = self.config.frame_size
+        if tuple(frames.shape[-2:]) != size:
+            # Some encoders (DINOv2) would take them, and give another number of patches.
+            raise ValueError(
+                f"The frames are {frames.shape[-2]} x {frames.shape[-1]} pixels, the configuration says {size[0]} x "
+                f"{size[1]}: let the video processor resize them, or set image_size."
+            )
         tower, kwargs = self.vision_tower, {}
         if "interpolate_pos_encoding" in inspect.signature(tower.forward).parameters:
             # Else CLIP and its kin refuse frames of another size than they were trained on.
             kwargs["interpolate_pos_encoding"] = self.config.image_size is not None
         if output_attentions:
             kwargs["output_attentions"] = True
-        pixels = frames.to(tower.device, tower.dtype)
-        return tower(pixels, output_hidden_states=True, return_dict=True, **kwargs)
+        frames = _to_device_of(tower, frames).to(tower.dtype)
+        return tower(frames, output_hidden_states=True, return_dict=True, **kwargs)
 
-    def _split_tokens(self, hidden_states: tuple[Tensor, ...], frames: Tensor) -> tuple[Tensor, Tensor]:
+    def _split_tokens(self, hidden_states: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         """Patch tokens `(c, N, d)` of the feature layer, and [CLS] tokens `(E, c, d)` of the last E hidden states."""
         config = self.config
         n, e, tokens = config.patches_per_frame, config.num_global_layers, hidden_states[-1].shape[1]
-        if tokens < n:
-            raise ValueError(
-                f"A frame of {frames.shape[-2]} x {frames.shape[-1]} pixels gave {tokens} patch tokens, the "
-                f"configuration counts on {n} ({config.frame_size[0]} x {config.frame_size[1]} pixels)."
-            )
         # [CLS] stands first and register tokens (DINOv2) follow it; patches come last. An encoder without [CLS]
         # (SigLIP) has only patches: their mean stands for the frame.
         patches = hidden_states[config.vision_feature_layer][:, -n:]  # (c, N, d)
@@ -332,17 +341,37 @@ class LongVLMModel(LongVLMPreTrainedModel):
         for segment in pixel_values.split(self.config.frames_per_segment):
             chunks = segment.split(self.config.vision_chunk_frames)
             outputs = [self._run_vision_tower(chunk, output_attentions=False) for chunk in chunks]
-            patches = torch.cat([self._split_tokens(output.hidden_states, segment)[0] for output in outputs])
+            patches = torch.cat([self._split_tokens(output.hidden_states)[0] for output in outputs])
             merged, assignment = self._merge(patches[None], return_assignment=True)  # (M, d), (1, K*N)
             assignments.append(assignment.view(len(segment), -1) + first)
             first += len(merged)
         return torch.cat(assignments)
 
+    def check_video_features(self, features: Mapping) -> Mapping:
+        """`features`, if they are features of videos for this model.
+
+        Raises:
+            ValueError: they are something else, or have another width.
+        """
+        if not isinstance(features, Mapping) or not {"local_features", "global_features"} <= features.keys():
+            raise ValueError(
+                "video_features must be what get_video_features returned, or a mapping with its local_features and "
+                f"global_features, got {type(features).__name__}."
+            )
+        width = self.config.vision_config.hidden_size
+        for tokens in [*features["local_features"], features["global_features"]]:
+            if tokens.shape[-1] != width:
+                raise ValueError(
+                    f"video_features are {tokens.shape[-1]} wide, this model's vision encoder {width}: they are of "
+                    "another model, or went through the projector already."
+                )
+        return features
+
     def _project(self, features: Mapping) -> LongVLMVideoFeatures:
         """Places the global tokens and projects. The projector is applied anew at each use, so it can be trained."""
-        weight = self.multi_modal_projector.linear_1.weight
-        local_features = tuple(local.to(weight.device) for local in features["local_features"])
-        global_features = features["global_features"].to(weight.device)
+        projector = self.multi_modal_projector
+        local_features = tuple(_to_device_of(projector, local) for local in features["local_features"])
+        global_features = _to_device_of(projector, features["global_features"])
         tokens = []
         for local, global_ in zip(local_features, global_features, strict=True):
             global_ = global_.to(local.dtype)
@@ -395,7 +424,7 @@ class LongVLMModel(LongVLMPreTrainedModel):
         if pixel_values_videos is not None:
             video_features = self.get_video_features(pixel_values_videos, num_frames=num_frames, return_dict=True)
         elif video_features is not None:
-            video_features = self._project(video_features)
+            video_features = self._project(self.check_video_features(video_features))
 
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
@@ -474,6 +503,9 @@ class LongVLMForConditionalGeneration(LongVLMPreTrainedModel, GenerationMixin):
         >>> processor.batch_decode(answer, skip_special_tokens=True)
         ```
         """
+        if labels is not None and input_ids is not None and pixel_values_videos is None and video_features is None:
+            # A training step whose video got lost on the way would go on without a word.
+            videos_per_prompt(self.model.get_placeholder_mask(input_ids, None), [])
         outputs = self.model(
             input_ids=input_ids,
             pixel_values_videos=pixel_values_videos,
@@ -519,9 +551,13 @@ class LongVLMForConditionalGeneration(LongVLMPreTrainedModel, GenerationMixin):
         if pixel_values_videos is not None:
             if features is not None:
                 raise ValueError(_NOT_BOTH)
-            features = self.get_video_features(pixel_values_videos, num_frames=num_frames)
+            features = self.get_video_features(pixel_values_videos, num_frames=num_frames, return_dict=True)
         input_ids = kwargs.get("input_ids", inputs)
+        prompt = kwargs.get("inputs_embeds") if input_ids is None else input_ids
         if features is not None:
+            if kwargs.get("prefill_chunk_size", getattr(generation_config, "prefill_chunk_size", None)) is not None:
+                raise ValueError("prefill_chunk_size cannot be used with videos: their tokens go in all at once.")
+            features = self.model.check_video_features(features)
             # Without what the steps do not need: assisted decoding copies its arguments, and cannot copy graphs.
             kwargs["video_features"] = LongVLMVideoFeatures(
                 local_features=tuple(local.detach() for local in features["local_features"]),
@@ -529,42 +565,67 @@ class LongVLMForConditionalGeneration(LongVLMPreTrainedModel, GenerationMixin):
             )
         elif input_ids is not None and not kwargs.keys() & {"past_key_values", "cache"}:
             videos_per_prompt(self.model.get_placeholder_mask(input_ids, None), [])
-        length = (kwargs.get("inputs_embeds") if input_ids is None else input_ids).shape[1]
         limit = getattr(self.config.text_config, "max_position_embeddings", None)
-        if limit is not None and length > limit:
+        if prompt is not None and limit is not None and prompt.shape[1] > limit:
             logger.warning(
-                f"The prompt has {length} tokens, the language model was made for {limit}: take fewer frames, or a "
-                "model with more frames_per_segment or fewer tokens_per_segment."
+                f"The prompt has {prompt.shape[1]} tokens, the language model was made for {limit}: take fewer "
+                "frames, or a model with more frames_per_segment or fewer tokens_per_segment."
             )
 
         config = self.config
         never = [config.video_token_id, config.video_start_token_id, config.video_end_token_id]
         processors = LogitsProcessorList(kwargs.pop("logits_processor", None) or [])
-        processors.append(SuppressTokensLogitsProcessor(never, device=self.lm_head.weight.device))
+        # Where generate() brings the logits; the head itself may be anywhere, or offloaded.
+        processors.append(
+            SuppressTokensLogitsProcessor(never, device=self.device if prompt is None else prompt.device)
+        )
         return super().generate(inputs, generation_config, logits_processor=processors, **kwargs)
 
     def prepare_inputs_for_generation(
-        self, input_ids, is_first_iteration=False, past_key_values=None, cache=None, **kwargs
+        self, input_ids, is_first_iteration=False, past_key_values=None, cache=None, inputs_embeds=None, **kwargs
     ):
-        # generate() takes from users what this signature names: the cache of an earlier turn, by its name of either
-        # version.
-        caches = {"past_key_values": past_key_values, "cache": cache}
-        caches = {name: value for name, value in caches.items() if value is not None}
+        # generate() takes from users what this signature names: embeddings, and the cache of an earlier turn by its
+        # name of either version.
+        named = {"past_key_values": past_key_values, "cache": cache, "inputs_embeds": inputs_embeds}
         model_inputs = super().prepare_inputs_for_generation(
-            input_ids, is_first_iteration=is_first_iteration, **caches, **kwargs
+            input_ids,
+            is_first_iteration=is_first_iteration,
+            **{name: value for name, value in named.items() if value is not None},
+            **kwargs,
         )
-        later = not is_first_iteration and kwargs.get("use_cache", True)
-        if later or any(value.get_seq_length() for value in caches.values()):
-            # The cache holds the video already.
-            for name in ("pixel_values_videos", "num_frames", "video_features"):
-                model_inputs.pop(name, None)
-        return model_inputs
+        cache = cache if past_key_values is None else past_key_values
+        if not is_first_iteration and kwargs.get("use_cache", True):
+            features = None  # the cache holds the video
+        elif cache is not None and cache.get_seq_length() and inputs_embeds is None:
+            features = self._not_in_cache(model_inputs.get("video_features"), input_ids, model_inputs["input_ids"])
+        else:
+            return model_inputs
+        model_inputs.pop("video_features", None)
+        return model_inputs if features is None else {**model_inputs, "video_features": features}
+
+    def _not_in_cache(self, features, input_ids: Tensor, new_ids: Tensor) -> LongVLMVideoFeatures | None:
+        """Of the videos of all turns, or of the new turn alone, those whose places the cache does not hold yet."""
+        places = self.model.get_placeholder_mask(new_ids, None)
+        if features is None or not places.any():
+            return None
+        counts = self._token_counts(features)
+        if sum(counts) == int(places.sum()):
+            return features
+        first, new = 0, []
+        all_places = self.model.get_placeholder_mask(input_ids, None)
+        for videos, wanted in zip(videos_per_prompt(all_places, counts), places.sum(1).tolist(), strict=True):
+            last = first + videos
+            taken = next((n for n in range(videos + 1) if sum(counts[last - n : last]) == wanted), videos)
+            new += range(last - taken, last)
+            first = last
+        return features.select(new)
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
         """Repeats each prompt's videos with the prompt, for beams and several returned sequences."""
         features = model_kwargs.pop("video_features", None)
         if features is not None and expand_size > 1:
-            places = self.model.get_placeholder_mask(input_ids, model_kwargs.get("inputs_embeds"))
+            has_ids = input_ids is not None and input_ids.shape[1] > 0
+            places = self.model.get_placeholder_mask(input_ids if has_ids else None, model_kwargs.get("inputs_embeds"))
             first, repeated = 0, []
             for videos in videos_per_prompt(places, self._token_counts(features)):
                 repeated += list(range(first, first + videos)) * expand_size
@@ -612,11 +673,16 @@ def videos_per_prompt(places: Tensor, token_counts: list[int]) -> list[int]:
     return numbers
 
 
+def _to_device_of(module: nn.Module, tensor: Tensor) -> Tensor:
+    """`tensor` where `module` computes. Of a module that accelerate has offloaded its hook knows where that is."""
+    device = next(module.parameters()).device
+    return tensor if device.type == "meta" else tensor.to(device)
+
+
 def _output(kind: type, outputs: Mapping, **more):
     """`outputs` of the inner model as another kind of output, whatever the cache is called in this version."""
-    fields = {name: value for name, value in outputs.items() if name in kind.__dataclass_fields__}
-    fields.pop("last_hidden_state", None) if "logits" in more else None
-    return kind(**{**fields, **more})
+    names = kind.__dataclass_fields__.keys() - more.keys() - ({"last_hidden_state"} if "logits" in more else set())
+    return kind(**{name: value for name, value in outputs.items() if name in names}, **more)
 
 
 __all__ = ["LongVLMForConditionalGeneration", "LongVLMModel", "LongVLMPreTrainedModel", "LongVLMVideoFeatures"]

@@ -96,6 +96,8 @@ def merge_tokens(
             f"hidden_states must be (segments, tokens, width), none of them 0, got {tuple(hidden_states.shape)}."
         )
     _, tokens, width = hidden_states.shape
+    if not hidden_states.is_floating_point():
+        raise ValueError(f"hidden_states must be floating point, got {hidden_states.dtype}.")
     if similarity not in ("mean_head", "per_head"):
         raise ValueError(f"similarity must be 'mean_head' or 'per_head', got {similarity!r}.")
     if order not in ("matching", "time"):

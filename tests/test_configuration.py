@@ -2,11 +2,13 @@
 
 import json
 
+import numpy as np
 import pytest
-from tiny_models import tiny_config, tiny_text_config, tiny_vision_config
+import torch
+from tiny_models import tiny_config, tiny_longvlm, tiny_text_config, tiny_vision_config
 from transformers import AutoConfig, CLIPConfig, LlamaConfig, Qwen3Config, SiglipConfig
 
-from longvlm import LongVLMConfig
+from longvlm import LongVLMConfig, LongVLMForConditionalGeneration
 
 
 def test_defaults_are_the_papers():
@@ -91,6 +93,9 @@ def test_token_ids_default_to_the_last_rows():
         ({"projector_type": "qformer"}, ["projector_type", "'qformer'", "'linear'"]),
         ({"vision_chunk_frames": 0}, ["vision_chunk_frames", "0"]),
         ({"image_size": 10}, ["10 x 10", "14 x 14"]),
+        ({"image_size": "x"}, ["image_size", "'x'"]),
+        ({"merge_schedule": 5}, ["merge_schedule", "5"]),
+        ({"video_end_token_id": 5, "video_start_token_id": 5}, ["ids of their own", "5"]),
         ({"video_token_id": -1}, ["video_token_id", "-1"]),
     ],
 )
@@ -108,6 +113,11 @@ def test_impossible_values_are_named(options, words):
     [
         ({"vision_config": {"model_type": "no_such_encoder"}}, ["vision_config", "'no_such_encoder'"]),
         ({"text_config": "meta-llama"}, ["text_config", "str"]),
+        ({"vision_config": {"model_type": "resnet"}}, ["vision_config", "'resnet'", "patch_size"]),
+        ({"vision_config": {"model_type": "convnext"}}, ["vision_config", "'convnext'", "hidden_size"]),
+        ({"vision_config": {"model_type": "llama"}}, ["vision_config", "'llama'", "image_size"]),
+        ({"text_config": {"model_type": "t5"}}, ["text_config", "'t5'", "causal"]),
+        ({"text_config": {"model_type": "vit"}}, ["text_config", "'vit'", "causal"]),
     ],
 )
 def test_unknown_sub_configurations_are_named(options, words):
@@ -115,6 +125,26 @@ def test_unknown_sub_configurations_are_named(options, words):
         LongVLMConfig(**options)
     for word in words:
         assert word in str(error.value)
+
+
+def test_the_text_part_of_a_composite_configuration_is_taken():
+    assert LongVLMConfig(text_config={"model_type": "gemma3"}).text_config.model_type == "gemma3_text"
+
+
+def test_whole_numbers_of_any_kind():
+    assert (
+        LongVLMConfig().num_video_tokens(np.int64(100)) == LongVLMConfig().num_video_tokens(torch.tensor(100)) == 305
+    )
+
+
+def test_a_schedule_set_later_is_heeded(tmp_path):
+    model, _ = tiny_longvlm()
+    model.save_pretrained(tmp_path)
+    again = LongVLMForConditionalGeneration.from_pretrained(tmp_path, merge_schedule=[20, 10])
+    assert again.config.tokens_per_segment == 64 - 30
+    again.config.merge_schedule = [32, 16]
+    features = again.get_video_features(torch.randn(1, 4, 3, 56, 56))
+    assert len(features.local_features[0]) == again.config.tokens_per_segment == 16
 
 
 def test_no_frame_is_no_video():

@@ -119,6 +119,50 @@ def test_the_cache_of_an_earlier_turn(longvlm):
     assert torch.equal(answers(model, inputs, **{name: outputs[name]}), expected)
 
 
+@pytest.mark.parametrize("given", ["both videos", "the new video"])
+def test_a_new_video_in_a_later_turn(longvlm, given):
+    model, processor = longvlm
+    first = prompts(model, processor, "<video> First?", frames=[9])
+    second = prompts(model, processor, "And <video>?", frames=[5])
+    pixels = noise_video(9, 5)
+    outputs = model.generate(**first, **GREEDY, pixel_values_videos=pixels[:1], return_dict_in_generate=True)
+    name = "cache" if "cache" in outputs else "past_key_values"
+    ids = torch.cat([outputs.sequences, second["input_ids"]], dim=1)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    both = {"pixel_values_videos": pixels, "num_frames": [9, 5]}
+    expected = model.generate(**inputs, **GREEDY, **both, output_logits=True, return_dict_in_generate=True)
+    videos = both if given == "both videos" else {"pixel_values_videos": pixels[1:, :5]}
+    more = {"output_logits": True, "return_dict_in_generate": True, name: outputs[name]}
+    actual = model.generate(**inputs, **GREEDY, **videos, **more)
+    torch.testing.assert_close(actual.logits[0], expected.logits[0], atol=1e-3, rtol=1e-3)
+    assert torch.equal(actual.sequences, expected.sequences)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}], ids=str)
+def test_embeddings_instead_of_ids(longvlm, options):
+    model, processor = longvlm
+    inputs = prompts(model, processor, "<video>\nWhat?", frames=[5])
+    expected = answers(model, inputs, pixel_values_videos=noise_video(5), **options)
+    embeddings = model.get_input_embeddings()(inputs["input_ids"])
+    mask = inputs["attention_mask"]
+    generated = model.generate(
+        inputs_embeds=embeddings, attention_mask=mask, pixel_values_videos=noise_video(5), **GREEDY, **options
+    )
+    assert torch.equal(generated[:, -NEW:], expected)
+
+
+def test_without_a_prompt(longvlm):
+    model, _ = longvlm
+    assert model.generate(bos_token_id=1, **GREEDY).shape == (1, 1 + NEW)
+
+
+def test_prefill_in_chunks_is_refused_with_videos(longvlm):
+    model, processor = longvlm
+    inputs = prompts(model, processor, "<video>", frames=[4])
+    with pytest.raises(ValueError, match="prefill_chunk_size"):
+        model.generate(**inputs, pixel_values_videos=noise_video(4), prefill_chunk_size=8)
+
+
 def test_several_videos_and_beams(longvlm):
     """Beams repeat each prompt's videos together, in order, and encode them once."""
     model, processor = longvlm
@@ -260,6 +304,22 @@ def test_device_map_and_dtype(tmp_path):
     assert {p.dtype for p in again.parameters()} == {torch.bfloat16}
     inputs = prompts(again, processor, "<video>\nWhat?", frames=[5])
     assert answers(again, inputs, pixel_values_videos=noise_video(5)).shape == (1, NEW)
+
+
+@pytest.mark.parametrize(
+    "offloaded", ["lm_head", "model.vision_tower", "model.multi_modal_projector", "model.language_model"]
+)
+def test_a_model_that_is_partly_offloaded(tmp_path, offloaded):
+    model, processor = tiny_longvlm()
+    model.save_pretrained(tmp_path)
+    parts = ("lm_head", "model.vision_tower", "model.multi_modal_projector", "model.language_model")
+    device_map = {part: "disk" if part == offloaded else "cpu" for part in parts}
+    again = AutoModelForImageTextToText.from_pretrained(
+        tmp_path, device_map=device_map, offload_folder=str(tmp_path / "offloaded")
+    )
+    inputs = prompts(again, processor, "<video>\nWhat?", frames=[5])
+    expected = answers(model, inputs, pixel_values_videos=noise_video(5))
+    assert torch.equal(answers(again, inputs, pixel_values_videos=noise_video(5)), expected)
 
 
 def test_attention_switch_reaches_both_towers(tmp_path):

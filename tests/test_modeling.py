@@ -285,6 +285,38 @@ def test_disagreeing_numbers_are_named():
     assert "Prompt 0" in text
 
 
+def test_a_training_step_without_its_video_is_refused():
+    model, processor = tiny_longvlm()
+    inputs = processor(text="<video> x", num_video_tokens=[8], return_tensors="pt")
+    with pytest.raises(ValueError, match=r"8 places.*no video"):
+        model(**inputs, labels=inputs["input_ids"])
+    text = processor(text="Only text.", return_tensors="pt")
+    assert model(**text, labels=text["input_ids"]).loss.isfinite()
+
+
+def test_features_that_are_none_are_refused():
+    model, processor = tiny_longvlm()
+    pixels = noise_video(4)
+    inputs = processor(text="<video>", num_video_tokens=[model.config.num_video_tokens(4)], return_tensors="pt")
+    features = model.get_video_features(pixels)
+    projected = {"local_features": features.pooler_output, "global_features": features.pooler_output[0][None, :2]}
+    for wrong, words in (
+        (features.to_tuple(), "tuple"),
+        (features.pooler_output, "tuple"),
+        (projected, "32 wide.* 64"),
+    ):
+        for call in (model, model.generate):
+            with pytest.raises(ValueError, match=words):
+                call(**inputs, video_features=wrong)
+
+
+def test_options_changed_to_impossible_ones_are_named():
+    model, _ = tiny_longvlm()
+    model.config.vision_chunk_frames = 0
+    with pytest.raises(ValueError, match=r"vision_chunk_frames.* 0"):
+        model.get_video_features(noise_video(4))
+
+
 def test_pixels_and_features_together_are_refused():
     model, processor = tiny_longvlm()
     pixels = noise_video(4)
@@ -299,6 +331,9 @@ def test_pixels_and_features_together_are_refused():
         model.get_video_features(pixels, num_frames=[0])
     with pytest.raises(ValueError, match=r"\(4, 3, 56, 56\)"):
         model.get_video_features(pixels[0])
+    with pytest.raises(ValueError, match="no video"):
+        model.get_video_features(pixels[:0])
+    assert torch.equal(model.get_video_features(pixels, num_frames=4).pooler_output[0], features.pooler_output[0])
 
 
 @pytest.mark.parametrize(
@@ -367,8 +402,9 @@ def test_frames_that_do_not_fit_the_configuration_are_named():
             hidden_size=32, num_hidden_layers=2, num_attention_heads=4, image_size=70, patch_size=14
         )
     )
-    with pytest.raises(ValueError, match="28 x 28 pixels"):
-        model.get_video_features(noise_video(3, size=28))
+    for size in (28, 84):  # DINOv2 itself takes both
+        with pytest.raises(ValueError, match=f"{size} x {size} pixels.* 70 x 70"):
+            model.get_video_features(noise_video(3, size=size))
 
 
 def test_hidden_states_and_attentions_of_the_vision_tower_on_request():

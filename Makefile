@@ -51,7 +51,7 @@ lint: $(STAMP) types
 # mypy does not see through an editable install: it gets the namespace as a tree of links.
 types: $(STAMP)
 	@mkdir -p .cache/types/longvlm
-	@ln -sfn $(CURDIR)/modeling_longvlm $(CURDIR)/processing $(CURDIR)/conversion $(CURDIR)/training $(CURDIR)/longvlm/*.py .cache/types/longvlm/
+	@ln -sfn $(CURDIR)/modeling_longvlm $(CURDIR)/processing $(CURDIR)/conversion $(CURDIR)/training $(CURDIR)/evaluation $(CURDIR)/longvlm/*.py .cache/types/longvlm/
 	cd .cache/types && $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml -p longvlm
 
 style: $(STAMP)

@@ -22,7 +22,12 @@ MODULES = {
     "longvlm/processing": "processing",
     "longvlm/conversion": "conversion",
     "longvlm/training": "training",
+    "longvlm/evaluation": "evaluation",
+    "longvlm/evaluation/storyline": "evaluation/storyline",
+    "longvlm/evaluation/metrics": "evaluation/metrics",
+    "longvlm/evaluation/metrics/longvlm_qa": "evaluation/metrics/longvlm_qa",
 }
+CARD = "longvlm/evaluation/storyline/dataset_card.md"
 IMPORT_ALL = """
 import importlib, sys
 import longvlm
@@ -90,7 +95,7 @@ def test_wheel_holds_every_module_and_nothing_else(wheel):
     expected = {
         f"{package}/{file.name}" for package, folder in MODULES.items() for file in (ROOT / folder).glob("*.py")
     }
-    assert names == expected | {"longvlm/py.typed", "longvlm/hub_card.md"}
+    assert names == expected | {"longvlm/py.typed", "longvlm/hub_card.md", CARD}
     assert "License-Expression: Apache-2.0" in metadata and licences
     assert "longvlm = longvlm.cli:main" in entry_points
 

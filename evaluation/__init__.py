@@ -1,0 +1,1 @@
+"""Evaluation of LongVLM: the synthetic benchmark Storyline and the metric for short answers."""

@@ -1,0 +1,85 @@
+"""Stories as things to watch: an H.264 file, and a sheet of pictures with times and events."""
+
+import os
+import tempfile
+from fractions import Fraction
+from pathlib import Path
+
+from PIL import Image, ImageDraw
+
+from .render import Renderer, iter_frames
+from .story import Story
+
+
+def write_video(story: Story, path, fps: float = 10, size: int = 64, *, crf: int = 18) -> Path:
+    """Writes the story as H.264 (yuv420p), frame by frame; memory does not grow with the length.
+
+    The file appears under its name when it is whole. `path` ends in .mp4 or .mkv.
+
+    Raises:
+        ImportError: PyAV is missing.
+        ValueError: an odd `size`, which yuv420p does not have, or one out of range.
+    """
+    try:
+        import av
+    except ImportError:
+        raise ImportError("writing video needs PyAV, which is not installed; run: pip install av") from None
+    if size % 2:
+        raise ValueError(f"size={size} is odd; H.264 in yuv420p needs an even one, such as {size + 1}")
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rate = Fraction(fps).limit_denominator(1000)
+    frames = iter_frames(story, fps=fps, size=size)
+    descriptor, unfinished = tempfile.mkstemp(prefix=".", suffix=path.suffix, dir=path.parent)
+    os.close(descriptor)
+    try:
+        with av.open(unfinished, "w") as container:
+            stream = container.add_stream("libx264", rate=rate)
+            stream.width = stream.height = size
+            stream.pix_fmt = "yuv420p"
+            stream.options = {"crf": str(crf), "preset": "veryfast"}
+            stream.codec_context.thread_count = 1  # the same bytes whatever the number of cores
+            for pixels in frames:
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+            container.mux(stream.encode())
+        os.chmod(unfinished, 0o644)
+        os.replace(unfinished, path)
+    finally:
+        Path(unfinished).unlink(missing_ok=True)
+    return path
+
+
+def contact_sheet(story: Story, path=None, *, pictures_per_event: int = 5, size: int = 128) -> Image.Image:
+    """A row for each event: its pictures in order, with times, and in words what happens. Saved as `path`, if given.
+
+    The first row shows the scenes: a moment from each, without regard to events.
+    """
+    renderer = Renderer(story, size)
+    rows: list[tuple[str, list[float]]] = []
+    shares = ", ".join(f"{kind} {share:.0%}" for kind, share in story.scene_shares().items())
+    middles = [(scene.start + scene.end) / 2 for scene in story.scenes]
+    rows.append((f"{story.split} story {story.seed}, {story.duration:g} s; scenes: {shares}", middles))
+    for number, event in enumerate(story.events, start=1):
+        length = event.end - event.start
+        times = [event.start + (step + 0.5) / pictures_per_event * length for step in range(pictures_per_event)]
+        rows.append(
+            (f"{number}. {event.size} {event.object}: {event.action} ({event.start:g} to {event.end:g} s)", times)
+        )
+
+    gap, line = 6, 16
+    width = max(gap + (size + gap) * max(len(times) for _, times in rows), 420)
+    height = gap + len(rows) * (line + size + line + gap)
+    sheet = Image.new("RGB", (width, height), "white")
+    pen = ImageDraw.Draw(sheet)
+    top = gap
+    for caption, times in rows:
+        pen.text((gap, top), caption, fill="black", font_size=12)
+        for column, time in enumerate(times):
+            left = gap + column * (size + gap)
+            sheet.paste(Image.fromarray(renderer.frame_at(time)), (left, top + line))
+            pen.text((left, top + line + size), f"{time:.1f} s", fill="black", font_size=11)
+        top += line + size + line + gap
+    if path is not None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        sheet.save(path)
+    return sheet

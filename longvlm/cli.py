@@ -14,7 +14,7 @@ import typer
 import longvlm
 from longvlm.convert_commands import convert
 from longvlm.publish_command import publish_command
-from longvlm.train_commands import extract_command
+from longvlm.train_commands import extract_command, train_command
 
 app = typer.Typer(
     help="LongVLM: ask questions about long videos.",
@@ -27,6 +27,7 @@ app = typer.Typer(
 app.add_typer(convert, name="convert")
 app.command("publish")(publish_command)
 app.command("extract")(extract_command)
+app.command("train", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(train_command)
 
 DTYPE_HELP = "float32, bfloat16, float16, or auto: as saved."
 
@@ -86,7 +87,7 @@ def ask_command(
     ] = None,
     num_frames: Annotated[int | None, typer.Option(help="Frames taken from the whole video.")] = None,
     fps: Annotated[float | None, typer.Option(help="Instead: frames taken per second.")] = None,
-    max_frames: Annotated[int | None, typer.Option(help="With --fps: at most so many.")] = None,
+    max_frames: Annotated[int | None, typer.Option(min=1, help="With --fps: at most so many.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
     temperature: Annotated[float, typer.Option(min=0, help="0: the likeliest answer; above: sampled.")] = 0.0,
     top_p: Annotated[float | None, typer.Option(min=0, max=1, help="With --temperature: nucleus.")] = None,
@@ -257,7 +258,7 @@ def _required(model: str | None) -> str:
 
 def _check_exists(video: str) -> None:
     """Before the seconds that the imports take."""
-    if "://" not in video and not Path(video).exists():
+    if "://" not in video and not video.startswith("data:") and len(video) < 4096 and not Path(video).exists():
         raise ValueError(f"{video}: no such file or directory")
 
 

@@ -47,3 +47,15 @@ def extract_command(
     if state.is_main_process:
         print(report, file=sys.stderr)
         print(out)
+
+
+def train_command(
+    context: typer.Context,
+    config: Annotated[Path, typer.Argument(help="YAML or JSON file of options; see docs/training.md.")],
+) -> None:
+    """Fine-tune a model. Any option of the file can be given as a flag too: --learning_rate 1e-4."""
+    if not config.is_file():
+        raise ValueError(f"{config}: no such file")
+    from longvlm.training.train import main
+
+    main([str(config), *context.args])

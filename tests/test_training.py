@@ -1,0 +1,260 @@
+"""Training on the CPU with tiny models: what learns, what stays, what is saved, and going on after a kill."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from longvlm import LongVLMForConditionalGeneration, LongVLMProcessor
+from longvlm.training.collator import LongVLMDataCollator
+from longvlm.training.features import extract_features
+from longvlm.training.train import parse_arguments, train
+from longvlm.training.trainable import load_projector, video_token_ids
+from tests.tiny_models import save_tiny_longvlm, tiny_text_config, write_video
+
+ROOT = Path(__file__).resolve().parent.parent
+LLM = "model.language_model"
+
+
+def lively(**changes):
+    """An LLM whose random weights are so large that what it reads changes what it says."""
+    return tiny_text_config(initializer_range=0.3, **changes)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A model, two videos, their features, and rows about them."""
+    folder = tmp_path_factory.mktemp("world")
+    save_tiny_longvlm(folder / "model", text_config=lively(), untrained_parts=["multi_modal_projector"])
+    (folder / "videos").mkdir()
+    write_video(folder / "videos" / "a.mp4", num_frames=9)
+    write_video(folder / "videos" / "b.mp4", num_frames=24, width=32, height=32)
+    rows = [{"video_id": "ab"[i % 2], "q": "Who?" * (1 + i % 3), "a": "A man."} for i in range(11)]
+    rows += [{"q": "And two?", "a": "Four."}]
+    (folder / "rows.json").write_text(json.dumps(rows))
+    model = LongVLMForConditionalGeneration.from_pretrained(folder / "model")
+    processor = LongVLMProcessor.from_pretrained(folder / "model")
+    extract_features([folder / "videos"], folder / "features", model=model, processor=processor)
+    return folder
+
+
+def run(world, out, *, videos=False, **options):
+    values = {
+        "model": str(world / "model"),
+        "train_data": [str(world / "rows.json")],
+        "output_dir": str(out),
+        "max_steps": 20,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 5e-3,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        **({"video_folders": [str(world / "videos")]} if videos else {"features": [str(world / "features")]}),
+        **options,
+    }
+    config = Path(f"{out}.yaml")
+    config.write_text(yaml.safe_dump(values))
+    return train(*parse_arguments([str(config)]))
+
+
+def losses(trainer):
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def a_batch(world):
+    collator = LongVLMDataCollator(LongVLMProcessor.from_pretrained(world / "model"))
+    return collator([{"video_id": str(world / "videos" / "b.mp4"), "q": "Who?", "a": "A man."}])
+
+
+def logits_of(model, batch):
+    with torch.no_grad():
+        return model.eval()(**batch).logits
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["own output layer", "tied embeddings"])
+def test_projector_training_learns_and_changes_nothing_frozen(world, tmp_path, tied):
+    if tied:
+        text = lively(tie_word_embeddings=True)
+        save_tiny_longvlm(tmp_path / "model", text_config=text, untrained_parts=["multi_modal_projector"])
+    options = {"model": str(tmp_path / "model"), "check_features": False} if tied else {}
+    before = LongVLMForConditionalGeneration.from_pretrained(tmp_path / "model" if tied else world / "model")
+    trainer = run(world, tmp_path / "out", weight_decay=0.1, learning_rate=0.03, **options)
+    assert sum(losses(trainer)[-6:]) < 0.9 * sum(losses(trainer)[:6])  # an epoch each
+    after, info = LongVLMForConditionalGeneration.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert after.config.untrained_parts == []
+    ids = video_token_ids(after.config)
+    changed = set()
+    for (name, old), new in zip(before.state_dict().items(), after.state_dict().values(), strict=True):
+        if torch.equal(old, new):
+            continue
+        changed.add(name)
+        if "projector" not in name:
+            rows = (old != new).any(1).nonzero().flatten().tolist()
+            assert set(rows) <= set(ids)
+    expected = {f"model.multi_modal_projector.linear_1.{kind}" for kind in ("weight", "bias")}
+    expected |= {f"{LLM}.embed_tokens.weight"} | ({"lm_head.weight"} if tied else set())
+    assert changed == expected
+    # What is saved says what was trained.
+    batch = a_batch(world)
+    torch.testing.assert_close(logits_of(after, batch), logits_of(trainer.model, batch))
+    # The small file alone makes the same of the model before.
+    load_projector(before, tmp_path / "out" / "projector.safetensors")
+    torch.testing.assert_close(logits_of(before, batch), logits_of(after, batch))
+    report = json.loads((tmp_path / "out" / "data_report.json").read_text())
+    assert report == {"kept": 12, "dropped": []}
+    assert LongVLMProcessor.from_pretrained(tmp_path / "out").tokenizer.padding_side == "left"
+
+
+@pytest.mark.parametrize("merge", [False, True], ids=["adapter", "merged"])
+def test_lora_is_saved_and_loaded_with_the_same_logits(world, tmp_path, merge):
+    peft = pytest.importorskip("peft")
+    trainer = run(world, tmp_path / "out", train="lora", lora_r=4, merge_lora=merge, max_steps=6)
+    batch = a_batch(world)
+    base = LongVLMForConditionalGeneration.from_pretrained(world / "model")
+    untouched = logits_of(base, batch)
+    if merge:
+        loaded = LongVLMForConditionalGeneration.from_pretrained(tmp_path / "out")
+        assert loaded.config.untrained_parts == []
+        expected = logits_of(trainer.model.base_model.model, batch)
+    else:
+        loaded = peft.PeftModel.from_pretrained(base, tmp_path / "out")
+        expected = logits_of(trainer.model, batch)
+        names = [name for name, p in trainer.model.named_parameters() if p.requires_grad]
+        assert not any("vision_tower" in name for name in names)
+        assert any("multi_modal_projector" in name for name in names)
+        assert any("token" in name for name in names)
+    torch.testing.assert_close(logits_of(loaded, batch), expected, atol=1e-5, rtol=1e-5)
+    assert (expected - untouched).abs().max() > 1e-3
+
+
+def test_full_training_with_the_vision_tower_changes_every_part(world, tmp_path):
+    run(world, tmp_path / "out", videos=True, train="full", train_vision_tower=True, max_steps=2)
+    before = LongVLMForConditionalGeneration.from_pretrained(world / "model").state_dict()
+    after = LongVLMForConditionalGeneration.from_pretrained(tmp_path / "out").state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    for part in ("model.vision_tower", "model.multi_modal_projector", LLM, "lm_head"):
+        assert any(name.startswith(part) for name in changed), part
+
+
+def test_training_from_features_equals_training_from_videos(world, tmp_path):
+    from_features = losses(run(world, tmp_path / "features", max_steps=4))
+    from_videos = losses(run(world, tmp_path / "videos", max_steps=4, videos=True))
+    assert from_features == pytest.approx(from_videos, abs=1e-5)
+
+
+SCHEDULES = {
+    "shuffled": {},
+    "by length": {"train_sampling_strategy": "group_by_length"},
+    "accumulated": {"gradient_accumulation_steps": 2, "gradient_checkpointing": True},
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_training_that_goes_on_gives_the_losses_of_one_that_was_never_stopped(world, tmp_path, name):
+    # 6 steps an epoch, with accumulation 3: it goes on in the middle of a later one.
+    options = {"max_steps": 15, "save_strategy": "steps", "save_steps": 4, **SCHEDULES[name]}
+    whole = run(world, tmp_path / "whole", **options)
+    # As after a kill while the third checkpoint was being written: what it lacks is written last.
+    out = tmp_path / "killed"
+    first = run(world, out, **options)
+    assert losses(first) == losses(whole)
+    shutil.rmtree(out / "checkpoint-15")
+    (out / "checkpoint-12" / "trainer_state.json").unlink()
+    with pytest.raises(ValueError, match=r"checkpoint-8.* go on with it by resume_from_checkpoint: auto"):
+        run(world, out, **options)
+    resumed = run(world, out, resume_from_checkpoint="auto", **options)
+    assert resumed.state.global_step == 15
+    assert losses(resumed) == pytest.approx(losses(whole), abs=1e-6)
+    for one, other in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=0)
+
+
+def test_evaluation_during_training(world, tmp_path):
+    trainer = run(
+        world, tmp_path / "out", max_steps=4, eval_data=[str(world / "rows.json")], eval_strategy="steps", eval_steps=2
+    )
+    assert len([entry for entry in trainer.state.log_history if "eval_loss" in entry]) == 2
+    assert json.loads((tmp_path / "out" / "eval_data_report.json").read_text())["kept"] == 12
+
+
+def test_features_that_do_not_fit_are_refused(world, tmp_path):
+    save_tiny_longvlm(tmp_path / "other", seed=1)
+    with pytest.raises(ValueError, match="do not fit the model: encoder_weights"):
+        run(world, tmp_path / "out", model=str(tmp_path / "other"))
+    with pytest.raises(ValueError, match="needs videos"):
+        run(world, tmp_path / "out", train_vision_tower=True)
+
+
+def test_mistakes_in_a_configuration_are_told_in_one_line(tmp_path):
+    config = tmp_path / "config.yaml"
+    for text, message in {
+        "model: m\ntrain_data: [x]\nlerning_rate: 1": "lerning_rate is no option of the training; did you mean learn",
+        "train_data: [x]": "required: --model",
+        "model: m\ntrain_data: [x]\ntrain: everything": 'train: "everything" is not known',
+        "model: m\ntrain_data: [x]\nlearning_rate: fast": "invalid float value: 'fast'",
+        "- model": "must hold options",
+    }.items():
+        config.write_text(text)
+        with pytest.raises(ValueError, match=re.escape(message)):
+            parse_arguments([str(config)])
+    config.write_text("model: m\ntrain_data: [x]\nlearning_rate: 2e-5\nuse_cpu: true")
+    *_, training = parse_arguments([str(config), "--learning_rate", "1e-3", "--output_dir", str(tmp_path)])
+    assert training.learning_rate == 1e-3 and training.remove_unused_columns is False
+
+
+def command(*arguments):
+    done = subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def test_the_example_of_the_docs_trains(world, tmp_path):
+    text = re.search(r"```yaml\n(.*?)```", (ROOT / "docs" / "training.md").read_text(), re.S).group(1)
+    config = yaml.safe_load(text)
+    rows = json.loads((world / "rows.json").read_text())
+    (tmp_path / "chats.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    config["train_data"] = [str(world / "rows.json"), str(tmp_path / "chats.jsonl")]
+    config |= {"model": str(world / "model"), "features": [str(world / "features")]}
+    config |= {"output_dir": str(tmp_path / "out")}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    done = command("-m", "longvlm", "train", tmp_path / "config.yaml", "--use_cpu", "--max_steps", 2)
+    assert '"steps": 2' in done.stdout and "24 rows kept, 0 dropped" in done.stderr
+    LongVLMForConditionalGeneration.from_pretrained(tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_two_processes_train_to_the_weights_of_one_with_twice_the_batch(world, tmp_path):
+    config = {
+        "model": str(world / "model"),
+        "train_data": [str(world / "rows.json")],
+        "features": [str(world / "features")],
+        "max_steps": 5,
+        "learning_rate": 1e-3,
+        "optim": "sgd",
+        "max_grad_norm": 0.0,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "train_sampling_strategy": "sequential",
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    module = ["-m", "longvlm.training.train", tmp_path / "config.yaml"]
+    command(*module, "--output_dir", tmp_path / "one", "--per_device_train_batch_size", 4)
+    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", 2]
+    command(*launch, *module, "--output_dir", tmp_path / "two", "--per_device_train_batch_size", 2)
+    one, two, before = (
+        LongVLMForConditionalGeneration.from_pretrained(folder).state_dict()
+        for folder in (tmp_path / "one", tmp_path / "two", world / "model")
+    )
+    assert any(not torch.equal(one[name], before[name]) for name in one)
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], atol=1e-5, rtol=0)

@@ -1,0 +1,112 @@
+"""transformers' `Trainer` with what LongVLM needs: rows grouped by their lengths, batches without any video, the
+embedding rows of the video tokens, and whole checkpoints only when it goes on.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch.utils.data import Sampler
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_pt_utils import get_length_grouped_indices
+
+from longvlm.training.trainable import PROJECTOR_FILE, restore_rows, save_projector, store_rows
+
+
+class _StoreRows(TrainerCallback):
+    """After each step: with tied embeddings the output layer reads the table."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def on_step_end(self, args, state, control, **kwargs):
+        store_rows(self.model)
+
+
+class LengthSampler(Sampler[int]):
+    """Rows of like length together, in an order that depends on the seed and the epoch alone: so training can be
+    gone on with in any epoch."""
+
+    def __init__(self, lengths: list[int], batch_size: int, seed: int):
+        self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
+
+
+class LongVLMTrainer(Trainer):
+    """
+    Takes what `Trainer` takes; `model` is what `prepare_model` gave, `train_dataset` a `VideoChatDataset`.
+
+    Args:
+        save_projector_file: also write `projector.safetensors` with each checkpoint.
+    """
+
+    def __init__(self, *args, save_projector_file: bool = False, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.save_projector_file = save_projector_file
+        if not self.is_fsdp_enabled:
+            self.add_callback(_StoreRows(self.model))
+
+    def _get_train_sampler(self, train_dataset=None):
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        lengths = getattr(dataset, "lengths", None)
+        if self.args.train_sampling_strategy == "group_by_length" and lengths is not None:
+            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+            batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps
+            return LengthSampler(lengths, batch_size, seed)
+        return super()._get_train_sampler(train_dataset)
+
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        has_video = "pixel_values_videos" in inputs or "video_features" in inputs
+        inputs = {**inputs, "use_cache": False}  # each batch is read once
+        loss, rest = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        if model.training:
+            # A part that a batch does not use still has to have a gradient, of 0: processes wait for each other's.
+            idle = [
+                parameter.sum() * 0.0
+                for name, parameter in self.model.named_parameters()
+                if parameter.requires_grad and ("vision_tower" in name or (not has_video and "projector" in name))
+            ]
+            loss = loss + sum(idle)
+        return (loss, rest) if return_outputs else loss
+
+    def _save(self, output_dir=None, state_dict=None):
+        if not self.is_fsdp_enabled:
+            store_rows(self.model)
+        super()._save(output_dir, state_dict=state_dict)
+        if self.save_projector_file and self.args.should_save and not self.is_fsdp_enabled:
+            save_projector(self.model, Path(output_dir or self.args.output_dir) / PROJECTOR_FILE)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        restore_rows(self.model if model is None else model)
+
+    def _load_best_model(self):
+        super()._load_best_model()
+        restore_rows(self.model)
+
+
+def last_whole_checkpoint(folder: str | Path) -> str | None:
+    """The latest checkpoint that was written to its end; one that a kill cut short has no readable state."""
+    numbered = []
+    for checkpoint in Path(folder).glob("checkpoint-*"):
+        try:
+            # Trainer writes this last.
+            state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+            numbered.append((int(checkpoint.name.split("-")[1]), str(checkpoint)))
+            assert isinstance(state["global_step"], int)
+        except (OSError, ValueError, KeyError):
+            continue
+    return max(numbered)[1] if numbered else None
+
+
+__all__ = ["LengthSampler", "LongVLMTrainer", "last_whole_checkpoint"]

@@ -30,7 +30,7 @@ def check_free(out: str | Path, *, overwrite: bool = False) -> Path:
 @contextmanager
 def output_folder(out: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Gives a folder to fill; at the end it takes the place of `out`. After an error nothing has changed."""
-    out = check_free(out, overwrite=overwrite).absolute()
+    out = check_free(out, overwrite=overwrite).resolve()  # what a link points to takes the new content
     out.parent.mkdir(parents=True, exist_ok=True)
     _clear_leftovers(out)
     partial = out.parent / f".{out.name}.partial-{os.getpid()}"
@@ -57,7 +57,8 @@ def _clear_leftovers(out: Path) -> None:
     for kind in ("previous", "partial"):
         for folder in out.parent.glob(f".{glob.escape(out.name)}.{kind}-*"):
             pid = folder.name.rsplit("-", 1)[1]
-            if not pid.isdigit() or psutil.pid_exists(int(pid)):
+            # Our own number is that of a process before us: containers give the same ones each time.
+            if not pid.isdigit() or (int(pid) != os.getpid() and psutil.pid_exists(int(pid))):
                 continue
             if kind == "previous" and not out.exists():
                 folder.rename(out)

@@ -78,7 +78,8 @@ def _digest(video, digest) -> bool:
         digest.update(f"{len(video)} of".encode())
         return all(_digest(frame, digest) for frame in video)
     elif isinstance(video, torch.Tensor):
-        return _digest(video.detach().cpu().contiguous().numpy(), digest)
+        digest.update(f"{tuple(video.shape)} {video.dtype}".encode())  # NumPy has no bfloat16: as bytes
+        return _digest(video.detach().cpu().contiguous().flatten().view(torch.uint8).numpy(), digest)
     elif hasattr(video, "tobytes"):  # NumPy arrays and Pillow images
         kind = (getattr(video, "shape", None) or video.size, str(getattr(video, "dtype", getattr(video, "mode", ""))))
         digest.update(repr(kind).encode())

@@ -88,6 +88,8 @@ class VideoQuestionAnsweringPipeline(Pipeline):
             inputs = _pair_up(video, question)
         elif video is not None or question is not None:
             raise ValueError("Give inputs, or video= and question=, not both.")
+        if isinstance(inputs, list) and not inputs:
+            return []
         return super().__call__(inputs, **kwargs)
 
     def _sanitize_parameters(
@@ -217,13 +219,22 @@ class VideoQuestionAnsweringPipeline(Pipeline):
 
 
 def _pair_up(video, question) -> dict | list[dict]:
-    if isinstance(question, (list, tuple)):
-        several = isinstance(video, (list, tuple)) and len(video) == len(question) and not _are_frames(video)
-        videos = video if several else [video] * len(question)
-        return [{"video": one, "question": text} for one, text in zip(videos, question, strict=True)]
+    """One input, or as many as there are videos or questions."""
     if isinstance(video, (list, tuple)) and not _are_frames(video):
-        return [{"video": one, "question": question} for one in video]
-    return {"video": video, "question": question}
+        videos = list(video)
+    else:
+        videos = list(video) if getattr(video, "ndim", 0) == 5 else None
+    questions = list(question) if isinstance(question, (list, tuple)) else None
+    if videos is None and questions is None:
+        return {"video": video, "question": question}
+    videos = [video] * len(questions) if videos is None else videos
+    questions = [question] * len(videos) if questions is None else questions
+    if len(videos) != len(questions):
+        raise ValueError(
+            f"{len(videos)} videos and {len(questions)} questions were given: give one question for each video, one "
+            "video, or one question."
+        )
+    return [{"video": one, "question": text} for one, text in zip(videos, questions, strict=True)]
 
 
 def _are_frames(videos) -> bool:

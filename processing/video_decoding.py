@@ -24,6 +24,7 @@ import numpy as np
 from transformers.utils import is_torchcodec_available, logging
 from transformers.video_utils import VideoMetadata
 
+from .animated_pictures import AnimatedPicture, open_animation
 from .video_index import FrameIndex, index_frames, open_container
 from .video_sources import VideoDecodeError as VideoDecodeError  # part of this module's public face
 from .video_sources import VideoDecodeWarning, VideoSource, list_frame_files, open_source, read_picture
@@ -131,8 +132,10 @@ def iter_video(
         raise ValueError(f'video backend "{backend}" is not known; choose "auto", "pyav" or "torchcodec"')
     num_workers = num_workers or min(MAX_WORKERS, os.cpu_count() or 1)
     job = _Job(sample_indices_fn, transform, backend, num_workers, progress, frames_per_piece)
-    with open_source(video) as source:
-        if source.is_directory:
+    with open_source(video) as source, open_animation(source) as animation:
+        if animation is not None:
+            yield from _read_animation(animation, job)
+        elif source.is_directory:
             yield from _read_pictures(source, list_frame_files(source), job)
         elif source.is_picture:
             yield from _read_pictures(source, [source.path], job)
@@ -189,6 +192,28 @@ def _read_pictures(source: VideoSource, files: list[str], job: _Job) -> Iterator
             frame = read_picture(files[target], name)
             frames[target] = job.transform(frame) if job.transform else frame
             job.count(times)
+        yield _piece(frames, piece, metadata)
+
+
+def _read_animation(animation: AnimatedPicture, job: _Job) -> Iterator[DecodedVideo]:
+    times = animation.timestamps()
+    height, width = animation.rgb_at(0).shape[:2]
+    total, duration = animation.num_frames, float(times[-1])
+    metadata = FrameMetadata(
+        total_num_frames=total,
+        fps=total / duration,
+        width=width,
+        height=height,
+        duration=duration,
+        video_backend="pillow",
+    )
+    metadata.source_timestamps = times[:-1]
+    for piece in job.pieces(job.choose(metadata)):
+        frames = {}
+        for target, count in sorted(Counter(piece).items()):
+            frame = animation.rgb_at(target)
+            frames[target] = job.transform(frame) if job.transform else frame
+            job.count(count)
         yield _piece(frames, piece, metadata)
 
 
@@ -335,6 +360,9 @@ class _PyAVReader:
 
     def __exit__(self, *error):
         self.container.close()
+        # The generator of frames holds this reader. Left as a ring, the two would wait for the garbage collector, and
+        # a forked process (a worker of a DataLoader) that collects them hangs in FFmpeg.
+        self.frames = self.frame = self.stream = self.container = None
 
     def rgb_at(self, position: int) -> np.ndarray | None:
         """The frame as RGB uint8 `(H, W, 3)`, upright; `None` if it cannot be decoded. Positions must ascend."""

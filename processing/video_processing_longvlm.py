@@ -130,7 +130,7 @@ class LongVLMVideoProcessor(BaseVideoProcessor):
         if num_frames is None and fps is None:
             fps = self.fps
         if isinstance(metadata, dict):
-            metadata = FrameMetadata(**metadata)
+            metadata = FrameMetadata(**{name: value for name, value in metadata.items() if name in METADATA_FIELDS})
         total = metadata.total_num_frames
         if not total:
             raise ValueError("a video without frames cannot be sampled")
@@ -152,8 +152,10 @@ class LongVLMVideoProcessor(BaseVideoProcessor):
 
     @staticmethod
     def _indices_by_time(metadata, fps: float, max_frames: int | None) -> np.ndarray:
-        if fps <= 0:
-            raise ValueError(f"fps={fps}: must be above 0")
+        if not 0 < fps < float("inf"):
+            raise ValueError(f"fps={fps}: must be a number above 0")
+        if max_frames is not None and max_frames < 1:
+            raise ValueError(f"max_frames={max_frames}: at least 1 frame has to be taken")
         total, times = metadata.total_num_frames, getattr(metadata, "source_timestamps", None)
         if times is None and not metadata.fps:
             raise ValueError(
@@ -203,7 +205,10 @@ class LongVLMVideoProcessor(BaseVideoProcessor):
         options = self._options(kwargs)
         sources = flatten_videos(videos)
         metadata = _match_metadata(metadata, len(sources))
-        decoded = [next(self._load(*pair, options, progress)) for pair in zip(sources, metadata, strict=True)]
+        decoded = []
+        for source, described in zip(sources, metadata, strict=True):
+            (video,) = self._load(source, described, options, progress)
+            decoded.append(video)
 
         counts = torch.tensor([len(video.frames) for video in decoded])
         pixels = self._stack(decoded, int(counts.max()), options)

@@ -78,6 +78,23 @@ def test_frames_instead_of_a_file(pipe):
     assert pipe(video=frames, question=["What?", "What?"], **SHORT) == [expected] * 2
 
 
+def test_lists_that_do_not_pair_up(pipe, films):
+    with pytest.raises(ValueError, match="2 videos and 3 questions"):
+        pipe(video=films[:2], question=["A?", "B?", "C?"])
+    assert pipe(video=[], question=[]) == [] == pipe([])
+    batch = np.random.default_rng(0).integers(0, 256, (2, 6, 40, 60, 3), dtype=np.uint8)
+    both = pipe(video=batch, question=["A?", "B?"], **SHORT)
+    assert both == [pipe(video=one, question=q, **SHORT) for one, q in zip(batch, ["A?", "B?"], strict=True)]
+
+
+def test_tensors_of_any_dtype_are_known_again(pipe, encoded):
+    video = torch.rand(6, 3, 56, 56)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        pipe(video=video.to(dtype), question="A?", **SHORT)
+        pipe(video=video.to(dtype), question="B?", **SHORT)
+    assert sum(encoded) == 18
+
+
 def test_a_second_question_encodes_nothing(pipe, films, encoded, monkeypatch):
     pipe(video=films[0], question="First?", **SHORT)
     assert sum(encoded) == 8

@@ -19,6 +19,7 @@ from video_files import write_video
 ROOT = Path(__file__).resolve().parent.parent
 QUESTION = "What happens?"
 CODE = {
+    "animated_pictures.py",
     "chat_templates_longvlm.py",
     "configuration_longvlm.py",
     "feature_cache_longvlm.py",

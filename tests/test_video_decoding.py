@@ -3,6 +3,7 @@
 The videos are made here; each frame shows its own number (see video_files.py)."""
 
 import base64
+import gc
 import http.server
 import io
 import os
@@ -338,3 +339,32 @@ def test_real_videos_give_the_frames_of_whole_decoding():
         assert decoded.metadata.total_num_frames == len(whole)
         for frame, index in zip(decoded.frames, asked, strict=True):
             np.testing.assert_array_equal(frame, whole[index])
+
+
+@pytest.mark.parametrize("suffix", ["gif", "webp", "png"])
+@pytest.mark.parametrize("options", [{}, {"duration": [40, 80] * 4}], ids=["no delays", "delays"])
+def test_animated_pictures(tmp_path, suffix, options):
+    """Also those without delays, which FFmpeg takes for one frame."""
+    frames = [Image.fromarray(numbered_frame(number)) for number in range(40, 48)]
+    extra = {"lossless": True} if suffix == "webp" else {}
+    path = tmp_path / f"animation.{suffix}"
+    frames[0].save(path, save_all=True, append_images=frames[1:], **options, **extra)
+    for video in (path, path.read_bytes()):
+        decoded = decode_video(video, take(6, 1, 1))
+        assert numbers(decoded) == [46, 41, 41]
+        assert decoded.metadata.total_num_frames == 8
+    expected = np.cumsum([0, *options.get("duration", [100] * 8)][:-1]) / 1000
+    np.testing.assert_allclose(decode_video(path).metadata.timestamps, expected)
+
+
+def test_readers_leave_nothing_to_the_garbage_collector(container_file):
+    """A forked DataLoader worker that collected an open reader hung in FFmpeg."""
+    path = container_file("mp4")
+    gc.collect()
+    gc.disable()
+    try:
+        decode_video(path, take(*range(0, 150, 10)), backend="pyav", num_workers=2)
+        left = [thing for thing in gc.get_objects() if type(thing).__name__ == "_PyAVReader"]
+    finally:
+        gc.enable()
+    assert not left

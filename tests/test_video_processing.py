@@ -391,7 +391,8 @@ def test_a_preset_can_be_changed_when_loading(tmp_path):
 def test_the_saved_folder_loads_as_remote_code(tmp_path, video_file):
     LongVLMVideoProcessor(num_frames=3, **PLAIN).save_pretrained(tmp_path)
     code = {path.name for path in tmp_path.glob("*.py")}
-    assert code == {"video_processing_longvlm.py", "video_decoding.py", "video_index.py", "video_sources.py"}
+    travels = ("animated_pictures", "video_decoding", "video_index", "video_processing_longvlm", "video_sources")
+    assert code == {f"{name}.py" for name in travels}
     loaded = AutoVideoProcessor.from_pretrained(tmp_path, trust_remote_code=True)
     assert numbers(loaded(video_file)) == [25, 74, 124]
 
@@ -432,3 +433,17 @@ def test_a_video_may_be_left_after_a_piece(video_file):
         assert not file.closed  # it is the caller's
     with pytest.raises(ValueError, match="frames_per_piece"):
         next(LongVLMVideoProcessor().iter_pixel_values(video_file, frames_per_piece=0))
+
+
+@pytest.mark.parametrize(
+    "options", [{"fps": 2, "max_frames": 0}, {"fps": 2, "max_frames": -1}, {"fps": float("nan")}, {"fps": 0}], ids=str
+)
+def test_impossible_sampling_is_named(video_file, options):
+    name, value = list(options.items())[-1]
+    with pytest.raises(ValueError, match=f"{name}={value}"):
+        LongVLMVideoProcessor()(video_file, **options)
+
+
+def test_sampling_takes_any_mapping_of_metadata():
+    metadata = {"total_num_frames": 50, "fps": 25.0, "something_else": 1}
+    assert len(LongVLMVideoProcessor().sample_frames(metadata, num_frames=5)) == 5

@@ -23,15 +23,13 @@ from longvlm.conversion.parts import (
     load_vision,
     untrained_vision,
 )
+from longvlm.processing.processing_longvlm import VIDEO_TOKENS
 from longvlm.registration import (
     LongVLMConfig,
     LongVLMForConditionalGeneration,
     LongVLMProcessor,
     LongVLMVideoProcessor,
 )
-
-# In the order in which the original adds them.
-VIDEO_TOKENS = ("<vid_patch>", "<vid_start>", "<vid_end>")
 
 
 def assemble(

@@ -278,7 +278,7 @@ def _state_dict(
             raise _refusal(source.name, f"has a tensor that has no place in it, {name}") from None
         if target is None:
             continue
-        tensor = weights.get(full_name)
+        tensor: Any = weights.get(full_name)
         if target.endswith(".SCALE"):
             factors[target.removesuffix(".SCALE")] = tensor
         elif "QKV" in target:

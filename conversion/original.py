@@ -26,9 +26,10 @@ from longvlm.conversion.key_maps import LLM, MM_PROJECTOR, ORIGINAL, PROJECTOR, 
 from longvlm.conversion.original_features import LAYOUTS, layout_of_file
 from longvlm.conversion.original_tokenizer import add_tokens, load_original_tokenizer
 from longvlm.conversion.output_folder import check_free, output_folder
-from longvlm.conversion.parts import load_vision
+from longvlm.conversion.parts import as_dtype, load_vision
 from longvlm.conversion.shards import TensorInfo, TensorReader, TensorWriter, compare, some
 from longvlm.modeling_longvlm.modeling_longvlm import AUTO_MAP, CUSTOM_PIPELINES
+from longvlm.processing.processing_longvlm import VIDEO_TOKENS
 from longvlm.registration import (
     LongVLMConfig,
     LongVLMForConditionalGeneration,
@@ -37,7 +38,6 @@ from longvlm.registration import (
 )
 
 # In the order in which the original adds them.
-VIDEO_TOKENS = ("<vid_patch>", "<vid_start>", "<vid_end>")
 CHAT_TEMPLATE = "long_vlm_v1"  # the prompt of the original's evaluation
 NUM_FRAMES = 100
 # The original's merging: one cosine of the mean over 16 slices, segments of 10 frames, 5 global tokens in front.
@@ -154,7 +154,7 @@ def convert_original(
     say = progress or (lambda step: None)
     if vision is None:
         raise ValueError("the original's checkpoints hold no vision encoder; give the CLIP model with --vision")
-    target = _as_dtype(dtype)
+    target = as_dtype(dtype)
     report = ConversionReport(layout=_choose_layout(layout, feature_file))
 
     say("comparing the sources")
@@ -446,14 +446,3 @@ def _check_tokens(folder: Path, processor: LongVLMProcessor) -> None:
     )
     if before != after:
         raise ValueError(f"the tokenizer changes when it is saved: {before} become {after}; update transformers")
-
-
-def _as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    if dtype is None or isinstance(dtype, torch.dtype):
-        return dtype
-    if dtype == "auto":
-        return None
-    value = getattr(torch, dtype, None)
-    if not isinstance(value, torch.dtype) or not value.is_floating_point:
-        raise ValueError(f'dtype "{dtype}" is not known; use float32, bfloat16 or float16')
-    return value

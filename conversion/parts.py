@@ -29,6 +29,8 @@ from transformers.image_utils import (
 )
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
+from longvlm.conversion.fetching import short_name
+
 # What a video processor takes over from an image processor.
 IMAGE_OPTIONS = (
     "do_resize",
@@ -76,13 +78,7 @@ def load_vision(source: str | Path, *, dtype: torch.dtype | None = None) -> Visi
         from longvlm.conversion.openclip_vision import load_open_clip_by_name
 
         return load_open_clip_by_name(str(source), dtype=dtype)
-    config = AutoConfig.from_pretrained(source)
-    tower = getattr(config, "vision_config", None) or config
-    if type(tower) not in MODEL_MAPPING or not hasattr(tower, "patch_size"):
-        raise ValueError(
-            f"{source} is a {config.model_type} model, not a vision encoder that cuts pictures into patches; "
-            "use for example a CLIP, SigLIP, DINOv2 or ViT model"
-        )
+    tower = _tower_config(AutoConfig.from_pretrained(source), str(source))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         # Not AutoModel.from_pretrained: it would build the whole CLIP, text tower included.
@@ -96,7 +92,18 @@ def load_vision(source: str | Path, *, dtype: torch.dtype | None = None) -> Visi
             f"{source} lacks {len(missing)} weights of {type(model).__name__}, for example {missing[0]}; "
             "give a folder or Hub id of a whole vision encoder"
         )
-    return VisionPart(model.eval(), _short_name(source), image_options(source, tower))
+    return VisionPart(model.eval(), short_name(source), image_options(source, tower))
+
+
+def _tower_config(config, name: str):
+    """The configuration of the encoder itself; refuses what does not turn a picture into one token a patch."""
+    tower = getattr(config, "vision_config", None) or config
+    if type(tower) not in MODEL_MAPPING or not hasattr(tower, "patch_size") or not hasattr(tower, "image_size"):
+        raise ValueError(
+            f"{name} is a {config.model_type} model, not a vision encoder that cuts pictures into patches; "
+            "use for example a CLIP, SigLIP, DINOv2 or ViT model"
+        )
+    return tower
 
 
 def untrained_vision(config: str | Path | dict, *, dtype: torch.dtype | None = None, seed: int = 0) -> VisionPart:
@@ -117,7 +124,7 @@ def untrained_vision(config: str | Path | dict, *, dtype: torch.dtype | None = N
         vision_config = AutoConfig.for_model(model_type, **values)
     except KeyError as error:
         raise ValueError(f'the vision config\'s model_type "{model_type}" is unknown to transformers') from error
-    vision_config = getattr(vision_config, "vision_config", None) or vision_config
+    vision_config = _tower_config(vision_config, name)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModel.from_config(vision_config, dtype=dtype or torch.float32)
@@ -152,7 +159,7 @@ def load_language(
         source, dtype=dtype or (torch.float32 if gguf_file else "auto"), **options
     ).eval()
     _forget_quantisation_of_gguf(model)
-    return LanguagePart(model, tokenizer, _short_name(gguf_file.removesuffix(".gguf") if gguf_file else source))
+    return LanguagePart(model, tokenizer, short_name(gguf_file.removesuffix(".gguf") if gguf_file else source))
 
 
 def _forget_quantisation_of_gguf(model: PreTrainedModel) -> None:
@@ -208,9 +215,3 @@ def _default_image_options(config) -> dict[str, Any]:
             "image_std": IMAGENET_DEFAULT_STD,
         }
     return options | {"image_mean": IMAGENET_STANDARD_MEAN, "image_std": IMAGENET_STANDARD_STD}
-
-
-def _short_name(source: str | Path) -> str:
-    """A Hub id as it is; of a local folder its last part, so that no path of this machine is published."""
-    path = Path(source)
-    return path.resolve().name if path.exists() else str(source)

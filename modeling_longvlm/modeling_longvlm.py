@@ -611,7 +611,8 @@ class LongVLMForConditionalGeneration(LongVLMPreTrainedModel, GenerationMixin):
         counts = self._token_counts(features)
         if sum(counts) == int(places.sum()):
             return features
-        first, new = 0, []
+        first = 0
+        new: list[int] = []
         all_places = self.model.get_placeholder_mask(input_ids, None)
         for videos, wanted in zip(videos_per_prompt(all_places, counts), places.sum(1).tolist(), strict=True):
             last = first + videos

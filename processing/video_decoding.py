@@ -349,8 +349,9 @@ class _PyAVReader:
 
     def __init__(self, source: VideoSource, index: FrameIndex):
         self.source, self.index = source, index
+        self.container: Any = None
         self._open()
-        self.frame = None  # the last decoded one
+        self.frame: Any = None  # the last decoded one
         self.position = -1  # its number, where frames are counted
         self.last_pts: float = float("-inf")
         self.can_seek = len(index.key_pts) > 1

@@ -25,6 +25,7 @@ def extract_command(
         raise ValueError(f'--dtype "{dtype}" is not known; use auto, float32, bfloat16 or float16')
     if num_frames is not None and fps is not None:
         raise ValueError(f"--num-frames {num_frames} and --fps {fps} exclude each other")
+    import torch
     from accelerate import PartialState
     from transformers.utils import logging
 
@@ -33,7 +34,7 @@ def extract_command(
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    state = PartialState()
+    state = PartialState(cpu=not torch.accelerator.is_available())
     options = {"num_frames": num_frames, "fps": fps, "max_frames": max_frames}
     report = extract_features(
         videos,

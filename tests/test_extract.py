@@ -148,7 +148,7 @@ def run_extract(*arguments):
 @pytest.mark.slow
 def test_two_processes_share_the_videos_and_go_on_after_a_kill(videos, tmp_path):
     model = save_tiny_longvlm(tmp_path / "model")
-    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", 2, "-m", "longvlm", "extract"]
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", 2, "-m", "longvlm", "extract"]
     command = [*launch, videos, "--model", model, "--out", tmp_path / "out", "--quiet"]
     process = run_extract(*command)
     deadline = time.time() + 120

@@ -243,13 +243,12 @@ def test_two_processes_train_to_the_weights_of_one_with_twice_the_batch(world, t
         "max_grad_norm": 0.0,
         "save_strategy": "no",
         "report_to": "none",
-        "use_cpu": True,
         "train_sampling_strategy": "sequential",
     }
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     module = ["-m", "longvlm.training.train", tmp_path / "config.yaml"]
     command(*module, "--output_dir", tmp_path / "one", "--per_device_train_batch_size", 4)
-    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", 2]
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", 2]
     command(*launch, *module, "--output_dir", tmp_path / "two", "--per_device_train_batch_size", 2)
     one, two, before = (
         LongVLMForConditionalGeneration.from_pretrained(folder).state_dict()

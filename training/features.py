@@ -193,7 +193,8 @@ def extract_features(
     Raises:
         ValueError: see `find_videos` and `FeatureWriter`.
     """
-    state, out = PartialState(), Path(out)
+    # On a machine without accelerators, processes find each other only when told that the CPU is meant.
+    state, out = PartialState(cpu=model.device.type == "cpu"), Path(out)
     videos = sources if isinstance(sources, Mapping) else find_videos(sources)
     metadata = feature_metadata(model, processor.video_processor, video_options)
     layers = model.config.num_global_layers

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.utils import logging
@@ -78,6 +79,8 @@ def parse_arguments(arguments: list[str]) -> tuple[ModelArguments, DataArguments
         raise ValueError(message)
 
     parser.error = error  # type: ignore[method-assign]
+    # Without it, several processes on a machine without accelerators would each train alone.
+    parser.set_defaults(use_cpu=not torch.accelerator.is_available())
     if arguments and not arguments[0].startswith("-"):
         config = _read_config(arguments[0])
         known = {action.dest: action for action in parser._actions}

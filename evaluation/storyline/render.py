@@ -260,8 +260,8 @@ class _Backdrop:
             index = self.phases - shift
         elif scene.kind == "noise":
             size = len(self.sheet) // 3
-            down, right = (int(size * 2 * _bounce(moved * factor / 2)) for factor in (1.0, 0.7))
-            index = self.sheet[down : down + size, right : right + size]
+            top, left = (int(size * 2 * _bounce(moved * factor / 2)) for factor in (1.0, 0.7))
+            index = self.sheet[top : top + size, left : left + size]
         else:
             angle = math.radians(scene.direction)
             across = self.phases + np.uint8(int(256 * moved * round(math.cos(angle), 7)) % 256)

@@ -12,6 +12,7 @@ Lengths and places are in fractions of the frame's side, from the left and from 
 """
 
 import dataclasses
+import functools
 import json
 import math
 from dataclasses import dataclass
@@ -141,11 +142,12 @@ def split_of_combination(colour: str, shape: str, action: str) -> str:
     return _SPLIT_OF_REMAINDER[number % 5]
 
 
-def combinations_of(split: str) -> list[tuple[str, str, str]]:
+@functools.cache
+def combinations_of(split: str) -> tuple[tuple[str, str, str], ...]:
     """All (colour, shape, action) of a split: 300 in train, 100 in validation, 100 in test."""
     _check_split(split)
     every = ((colour, shape, action) for colour in COLOURS for shape in SHAPES for action in ACTIONS)
-    return [combination for combination in every if split_of_combination(*combination) == split]
+    return tuple(combination for combination in every if split_of_combination(*combination) == split)
 
 
 def story_seed(split: str, index: int) -> int:

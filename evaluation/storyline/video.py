@@ -14,7 +14,8 @@ from .story import Story
 def write_video(story: Story, path, fps: float = 10, size: int = 64, *, crf: int = 18) -> Path:
     """Writes the story as H.264 (yuv420p), frame by frame; memory does not grow with the length.
 
-    The file appears under its name when it is whole. `path` ends in .mp4 or .mkv.
+    The file appears under its name when it is whole. `path` ends in .mp4 or .mkv. Frame `i` shows the time `i / fps`.
+    The frames that go in are determined to the byte; x264 itself now and then decides differently in another run.
 
     Raises:
         ImportError: PyAV is missing.
@@ -38,9 +39,10 @@ def write_video(story: Story, path, fps: float = 10, size: int = 64, *, crf: int
             stream.width = stream.height = size
             stream.pix_fmt = "yuv420p"
             stream.options = {"crf": str(crf), "preset": "veryfast"}
-            stream.codec_context.thread_count = 1  # the same bytes whatever the number of cores
+            stream.codec_context.thread_count = 1
             for pixels in frames:
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+                frame = av.VideoFrame.from_ndarray(pixels, format="rgb24").reformat(format="yuv420p")
+                container.mux(stream.encode(frame))
             container.mux(stream.encode())
         os.chmod(unfinished, 0o644)
         os.replace(unfinished, path)

@@ -3,8 +3,10 @@
 import json
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -229,6 +231,48 @@ def test_the_example_of_the_docs_trains(world, tmp_path):
     done = command("-m", "longvlm", "train", tmp_path / "config.yaml", "--use_cpu", "--max_steps", 2)
     assert '"steps": 2' in done.stdout and "24 rows kept, 0 dropped" in done.stderr
     LongVLMForConditionalGeneration.from_pretrained(tmp_path / "out")
+
+
+def test_rows_trained_in_shards_are_stored_in_the_collected_table(world, tmp_path):
+    trainer = run(world, tmp_path / "out", max_steps=2)
+    collected = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    rows = collected["model.language_model.embed_tokens.added_rows"] = torch.arange(96.0).view(3, 32)
+    trainer._save(str(tmp_path / "saved"), state_dict=collected)
+    saved = LongVLMForConditionalGeneration.from_pretrained(tmp_path / "saved")
+    assert torch.equal(saved.get_input_embeddings().weight[video_token_ids(saved.config)], rows)
+
+
+@pytest.mark.slow
+def test_a_killed_training_goes_on_to_the_same_losses(world, tmp_path):
+    config = {
+        "model": str(world / "model"),
+        "train_data": [str(world / "rows.json")],
+        "features": [str(world / "features")],
+        "max_steps": 200,
+        "save_steps": 20,
+        "logging_steps": 1,
+        "report_to": "none",
+        "resume_from_checkpoint": "auto",
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    module = ["-m", "longvlm", "train", tmp_path / "config.yaml", "--output_dir"]
+    command(*module, tmp_path / "whole")
+    process = subprocess.Popen(
+        [sys.executable, *map(str, module), str(tmp_path / "killed")], cwd=ROOT, stderr=subprocess.DEVNULL
+    )
+    while not (tmp_path / "killed" / "checkpoint-60").exists() and process.poll() is None:
+        time.sleep(0.005)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    command(*module, tmp_path / "killed")
+    one, other = (
+        [
+            entry["loss"]
+            for entry in json.loads((tmp_path / name / "trainer_state.json").read_text())["log_history"][:-1]
+        ]
+        for name in ("whole", "killed")
+    )
+    assert len(one) == 200 and other == pytest.approx(one, abs=1e-6)
 
 
 @pytest.mark.slow

@@ -148,6 +148,21 @@ def store_rows(model) -> None:
         embeddings.weight[video_token_ids(model.config)] = rows.to(embeddings.weight.dtype)
 
 
+def with_stored_rows(state_dict: dict[str, Tensor], config) -> dict[str, Tensor]:
+    """A state dict with the trained rows in the table, also where the output layer shares it."""
+    key = next((name for name in state_dict if name.endswith(f".{ROWS}")), None)
+    if key is None:
+        return state_dict
+    stored = {name: tensor for name, tensor in state_dict.items() if name != key}
+    table = key.removesuffix(ROWS) + "weight"
+    weight = stored[table].clone()
+    weight[video_token_ids(config)] = state_dict[key].to(weight)
+    stored[table] = weight
+    if getattr(config, "tie_word_embeddings", False) and "lm_head.weight" in stored:
+        stored["lm_head.weight"] = weight
+    return stored
+
+
 @torch.no_grad()
 def restore_rows(model) -> None:
     """The other way, after the table was loaded."""
@@ -218,4 +233,5 @@ __all__ = [
     "store_rows",
     "trainable_parameters",
     "video_token_ids",
+    "with_stored_rows",
 ]

@@ -11,7 +11,7 @@ from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from longvlm.training.trainable import PROJECTOR_FILE, restore_rows, save_projector, store_rows
+from longvlm.training.trainable import PROJECTOR_FILE, restore_rows, save_projector, store_rows, with_stored_rows
 
 
 class _StoreRows(TrainerCallback):
@@ -53,7 +53,9 @@ class LongVLMTrainer(Trainer):
     def __init__(self, *args, save_projector_file: bool = False, **kwargs):
         super().__init__(*args, **kwargs)
         self.save_projector_file = save_projector_file
-        if not self.is_fsdp_enabled:
+        # Then no process has the table, and only the collected state dict can be written to.
+        self.is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if not self.is_sharded:
             self.add_callback(_StoreRows(self.model))
 
     def _get_train_sampler(self, train_dataset=None):
@@ -80,19 +82,23 @@ class LongVLMTrainer(Trainer):
         return (loss, rest) if return_outputs else loss
 
     def _save(self, output_dir=None, state_dict=None):
-        if not self.is_fsdp_enabled:
+        if state_dict is not None:
+            state_dict = with_stored_rows(state_dict, self.model.config)
+        elif not self.is_sharded:
             store_rows(self.model)
         super()._save(output_dir, state_dict=state_dict)
-        if self.save_projector_file and self.args.should_save and not self.is_fsdp_enabled:
+        if self.save_projector_file and self.args.should_save and not self.is_sharded:
             save_projector(self.model, Path(output_dir or self.args.output_dir) / PROJECTOR_FILE)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        restore_rows(self.model if model is None else model)
+        if not self.is_sharded:
+            restore_rows(self.model if model is None else model)
 
     def _load_best_model(self):
         super()._load_best_model()
-        restore_rows(self.model)
+        if not self.is_sharded:
+            restore_rows(self.model)
 
 
 def last_whole_checkpoint(folder: str | Path) -> str | None:

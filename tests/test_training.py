@@ -129,6 +129,9 @@ def test_lora_is_saved_and_loaded_with_the_same_logits(world, tmp_path, merge):
         expected = logits_of(trainer.model.base_model.model, batch)
     else:
         loaded = peft.PeftModel.from_pretrained(base, tmp_path / "out")
+        # The folder alone does too: it names the model that it belongs to.
+        alone = LongVLMForConditionalGeneration.from_pretrained(tmp_path / "out")
+        torch.testing.assert_close(logits_of(alone, batch), logits_of(loaded, batch))
         expected = logits_of(trainer.model, batch)
         names = [name for name, p in trainer.model.named_parameters() if p.requires_grad]
         assert not any("vision_tower" in name for name in names)

@@ -78,7 +78,9 @@ def open_container(source: VideoSource):
             return container, stream
     kinds = sorted({stream.type for stream in container.streams})
     container.close()
-    raise VideoDecodeError(f"{source.name}: the file has no video stream (found: {', '.join(kinds) or 'nothing'})")
+    if not kinds:
+        raise VideoDecodeError(f"{source.name}: the file has no video stream: it holds nothing, or is cut or damaged")
+    raise VideoDecodeError(f"{source.name}: the file has no video stream (found: {', '.join(kinds)})")
 
 
 def index_frames(source: VideoSource, container, stream, allow_header: bool) -> FrameIndex:

@@ -7,6 +7,7 @@ The configuration has the fields of `ModelArguments`, `DataArguments`, `TuningAr
 
 import difflib
 import json
+import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -143,21 +144,20 @@ def train(
     if readers:
         _check_readers(readers, model, processor, data_arguments, tuning)
     datasets, reports = {}, {}
-    with training.main_process_first(desc="reading the data"):
-        for name, sources in (("train", data_arguments.train_data), ("eval", data_arguments.eval_data)):
-            if sources:
-                datasets[name], reports[name] = build_dataset(
-                    sources,
-                    processor,
-                    weights=data_arguments.train_weights if name == "train" else None,
-                    video_folders=data_arguments.video_folders,
-                    features=readers,
-                    max_length=data_arguments.max_length,
-                    too_long=data_arguments.too_long,
-                    chat_template=data_arguments.chat_template,
-                    seed=training.seed,
-                    progress=not training.disable_tqdm and training.should_log,
-                )
+    for name, sources in (("train", data_arguments.train_data), ("eval", data_arguments.eval_data)):
+        if sources:
+            datasets[name], reports[name] = build_dataset(
+                sources,
+                processor,
+                weights=data_arguments.train_weights if name == "train" else None,
+                video_folders=data_arguments.video_folders,
+                features=readers,
+                max_length=data_arguments.max_length,
+                too_long=data_arguments.too_long,
+                chat_template=data_arguments.chat_template,
+                seed=training.seed,
+                progress=not training.disable_tqdm and training.should_log,
+            )
     if training.should_save:
         out.mkdir(parents=True, exist_ok=True)
         for name, report in reports.items():
@@ -238,4 +238,10 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ValueError, OSError, ImportError) as mistake:
+        if os.environ.get("LONGVLM_TRACEBACK"):
+            raise
+        print(f"longvlm: error: {' '.join(str(mistake).split())}", file=sys.stderr)
+        sys.exit(2)

@@ -354,7 +354,7 @@ class LongVLMProcessor(ProcessorMixin):
             call_kwargs["videos"] = sources
         out = self(prompts, **call_kwargs)
         if return_assistant_tokens_mask:
-            masks = _assistant_masks(spans, out.pop("offset_mapping"), out.pop("text_replacement_offsets"))
+            masks = assistant_masks(spans, out.pop("offset_mapping"), out.pop("text_replacement_offsets"))
             out.update(BatchFeature({"assistant_masks": masks}, tensor_type=call_kwargs.get("return_tensors")))
         return out if return_dict else out["input_ids"]
 
@@ -509,7 +509,7 @@ def _read_part(part) -> tuple[str, Any]:
     raise ValueError(f'LongVLM takes parts of type "text" and "video", not {kind or repr(part):.80}')
 
 
-def _assistant_masks(spans, offset_mapping, replacement_offsets) -> list[list[int]]:
+def assistant_masks(spans, offset_mapping, replacement_offsets) -> list[list[int]]:
     """1 for each token that overlaps a span `[start, end)` of characters of its prompt before videos were expanded."""
     masks = []
     for row, offsets in enumerate(offset_mapping):

@@ -25,6 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from longvlm.conversion.feature_shards import FeatureReader, FeatureWriter, fingerprint
+from longvlm.conversion.parts import IMAGE_OPTIONS
 from longvlm.training.data import VIDEO_SUFFIXES
 
 FAILED, PART, SHARDS = "failed.jsonl", ".part-{:05}", "features-*.safetensors"
@@ -38,23 +39,7 @@ METHOD = (
     "merge_order",
 )
 # What decides the pixels that the encoder gets.
-PREPROCESSING = (
-    "num_frames",
-    "fps",
-    "max_frames",
-    "short_video",
-    "do_resize",
-    "size",
-    "shortest_edge",
-    "resample",
-    "do_center_crop",
-    "crop_size",
-    "do_rescale",
-    "rescale_factor",
-    "do_normalize",
-    "image_mean",
-    "image_std",
-)
+PREPROCESSING = ("num_frames", "fps", "max_frames", "short_video", "shortest_edge", *IMAGE_OPTIONS)
 
 
 @dataclass

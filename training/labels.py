@@ -13,7 +13,7 @@ from typing import Any
 from transformers.utils import logging
 
 from longvlm.processing.chat_templates_longvlm import CHAT_TEMPLATES
-from longvlm.processing.processing_longvlm import VIDEO_TOKENS, _assistant_masks
+from longvlm.processing.processing_longvlm import VIDEO_TOKENS, assistant_masks
 from longvlm.processing.text_escaping import ESCAPE_MARK
 from longvlm.training.rows import BadRow, without_videos
 
@@ -83,7 +83,7 @@ def encode_chat(
             return_text_replacement_offsets=True,
         )
         ids = encoded["input_ids"][0]
-        mask = _assistant_masks([spans], encoded["offset_mapping"], encoded["text_replacement_offsets"])[0]
+        mask = assistant_masks([spans], encoded["offset_mapping"], encoded["text_replacement_offsets"])[0]
     labels = [token if said else IGNORED for token, said in zip(ids, mask, strict=True)]
     if max_length is not None and len(ids) > max_length:
         if too_long == "drop":

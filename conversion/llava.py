@@ -7,7 +7,6 @@ the local tokens mean something to it. It has never seen a [CLS] token: so there
 Weights are mapped from the files, not copied, unless their dtype changes or a base is added to a delta.
 """
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 
 from longvlm.conversion.assemble import check_text, check_video, join, probe
 from longvlm.conversion.fetching import local_folder, short_name
+from longvlm.conversion.json_files import read_json_object
 from longvlm.conversion.key_maps import (
     LLAVA_ORIGINAL,
     LLAVA_TRANSFORMERS,
@@ -156,10 +156,7 @@ def _describe(folder: Path, name: str) -> _Checkpoint:
     file = folder / "config.json"
     if not file.is_file():
         raise ValueError(f"{name} lacks config.json; give the folder of a whole LLaVA checkpoint")
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is not a JSON file: {error}") from None
+    values = read_json_object(file)
     kind = values.get("model_type")
     if kind == "llava" and "vision_config" in values:
         return _describe_transformers(folder, name, LlavaConfig.from_pretrained(folder))
@@ -276,7 +273,7 @@ def _tokenizer(checkpoint: _Checkpoint) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     else:
         file = folder / "tokenizer_config.json"
-        legacy = json.loads(file.read_text(encoding="utf-8")).get("legacy", True) if file.is_file() else True
+        legacy = read_json_object(file).get("legacy", True) if file.is_file() else True
         # LLaMA's tokenizer of 2023 put a space mark in front of every piece between special tokens; "legacy": false
         # (Vicuna 1.5, so LLaVA-1.5) says that this one does so only at the beginning, as today's does.
         tokenizer = load_original_tokenizer(folder) if legacy else LlamaTokenizer.from_pretrained(folder)

@@ -17,6 +17,7 @@ from huggingface_hub.utils import validate_repo_id
 from safetensors import safe_open
 
 import longvlm
+from longvlm.conversion.json_files import read_json_object
 from longvlm.registration import LongVLMConfig
 
 TAGS = ("longvlm", "video", "video-question-answering")
@@ -267,10 +268,7 @@ def read_config(folder: Path) -> LongVLMConfig:
         raise ValueError(
             f"{folder} holds no config.json: give the folder of a checkpoint, as save_pretrained wrote it"
         )
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not a JSON file: {error}") from None
+    values = read_json_object(path)
     if values.get("model_type") != "longvlm":
         raise ValueError(f"{folder} holds a {values.get('model_type')} model, not a LongVLM")
     return LongVLMConfig.from_dict(values)
@@ -285,7 +283,7 @@ def read_video_options(folder: Path) -> dict[str, Any]:
     path = folder / "processor_config.json"
     if not path.is_file():
         raise ValueError(f"{folder} holds no processor_config.json: save the processor into it as well")
-    return json.loads(path.read_text(encoding="utf-8")).get("video_processor", {})
+    return read_json_object(path).get("video_processor", {})
 
 
 def _describe(config) -> str:

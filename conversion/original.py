@@ -7,7 +7,6 @@ The sources are read, summed and written tensor by tensor. All shapes are compar
 the folder appears only after the written files have been checked and run.
 """
 
-import json
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from transformers.dynamic_module_utils import custom_object_save
 
 from longvlm.conversion.checkpoint_checks import check_forward, check_tensors, expected_tensors, refuse_differences
 from longvlm.conversion.fetching import local_folder, short_name
+from longvlm.conversion.json_files import read_json_object
 from longvlm.conversion.key_maps import LLM, MM_PROJECTOR, ORIGINAL, PROJECTOR, VISION, KeyMap, map_key
 from longvlm.conversion.original_features import LAYOUTS, layout_of_file
 from longvlm.conversion.original_tokenizer import add_tokens, load_original_tokenizer
@@ -382,10 +382,7 @@ def _text_config(folder: Path, pieces: dict[str, _Piece]) -> LlamaConfig:
     file = folder / "config.json"
     if not file.is_file():
         raise ValueError(f"{folder} lacks config.json")
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is not a JSON file: {error}") from None
+    values = read_json_object(file)
     kind = values.get("model_type")
     if "text_config" in values:
         raise ValueError(f"{folder} is a {kind} in transformers' own layout; see `longvlm convert llava`")

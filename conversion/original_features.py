@@ -325,7 +325,8 @@ def convert_features(
 
 def _as_tensor(array: np.ndarray) -> torch.Tensor:
     # float64 holds nothing that float32 would lose: an encoder made it.
-    return torch.from_numpy(array.astype(np.float32) if array.dtype == np.float64 else array)
+    with np.errstate(over="ignore"):  # what is not finite is refused
+        return torch.from_numpy(array.astype(np.float32) if array.dtype == np.float64 else array)
 
 
 # --- the way back ---

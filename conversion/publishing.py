@@ -114,7 +114,10 @@ def publish(
     except ValueError as error:
         raise NotReady([str(error)]) from error
     files = collect_files(folder, exclude)
-    own_card = None if new_card or CARD not in files else files[CARD].read_text(encoding="utf-8")
+    try:
+        own_card = None if new_card or CARD not in files else files[CARD].read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise NotReady([f"{CARD} is not UTF-8: save it as UTF-8, or have it made anew with --new-card"]) from None
     files.pop(CARD, None)
     if update_code:
         files = {name: path for name, path in files.items() if not name.endswith(".py")} | checks.installed_code()

@@ -4,6 +4,7 @@ Weights: only safetensors, all of them. Text: no credentials, no paths of this m
 package, byte for byte. And the whole of it: it loads and answers in a process that does not have this package.
 """
 
+import codecs
 import json
 import os
 import re
@@ -17,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from longvlm import modeling_longvlm, processing
+from longvlm.conversion.json_files import read_json_object
 from longvlm.modeling_longvlm.modeling_longvlm import AUTO_MAP, CUSTOM_PIPELINES
 
 # Files that run code when they are opened, or may.
@@ -66,7 +68,11 @@ def weight_problems(files: Mapping[str, Path]) -> list[str]:
             problems.append(f"{name} is broken ({error}): save the model again")
     for name in sorted(files):
         if name.endswith(".safetensors.index.json"):
-            shards = set(json.loads(files[name].read_text(encoding="utf-8")).get("weight_map", {}).values())
+            try:
+                shards = set(read_json_object(files[name])["weight_map"].values())
+            except (ValueError, KeyError, TypeError, AttributeError):
+                problems.append(f'{name} is no index of shards, it has no "weight_map": save the model again')
+                continue
             problems += [f"{name} names {shard}, which is not there" for shard in sorted(shards - set(weights))]
     return problems
 
@@ -77,10 +83,15 @@ def text_problems(files: Mapping[str, Path]) -> list[str]:
     for name, path in sorted(files.items()):
         if name.endswith((".safetensors", *PICKLES)):
             continue
+        content = path.read_bytes()
         try:
-            problems += problems_in_text(name, path.read_text(encoding="utf-8"))
+            problems += problems_in_text(name, content.decode("utf-8"))
         except UnicodeDecodeError:
-            continue  # a picture, or another binary file
+            # A text of another encoding, or a binary file: credentials can stand in both.
+            marks = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+            text = content.decode("utf-16" if content.startswith(marks) else "latin-1", errors="replace")
+            found = _suspicious(text, paths=False)
+            problems += [f"{name}, line {line}: {what}" for line, what in found]
     return problems
 
 
@@ -159,7 +170,7 @@ def code_problems(files: Mapping[str, Path]) -> list[str]:
     for name in sorted(files):
         if name.endswith(".py") and name not in expected:
             problems.append(f"{name} is no code of this package: remove it, or leave it out with --exclude {name}")
-    config = json.loads(files["config.json"].read_text(encoding="utf-8"))
+    config = read_json_object(files["config.json"])
     for key, value in (("auto_map", AUTO_MAP), ("custom_pipelines", CUSTOM_PIPELINES)):
         if config.get(key) != value:
             problems.append(f"config.json, {key}: it does not name this package's code: save the model again")

@@ -8,6 +8,7 @@ of such a file stands before its data.
 
 import json
 import pickle
+import warnings
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -109,7 +110,9 @@ class TensorReader:
     def _open_bin(self, file: Path) -> None:
         self.close()
         try:
-            tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # of pickle protocols; what counts is said below
+                tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
         except pickle.UnpicklingError:
             raise ValueError(f"{file} holds more than tensors (or is damaged); such a file is not read") from None
         except (RuntimeError, EOFError) as error:

@@ -4,7 +4,6 @@
 numpy arrays. What was converted from such files comes out as it went in.
 """
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from tqdm import tqdm
 
 from longvlm.conversion.feature_shards import FeatureReader
 from longvlm.conversion.fetching import local_folder
+from longvlm.conversion.json_files import read_json_object
 from longvlm.conversion.key_maps import TO_MM_PROJECTOR
 from longvlm.conversion.original_features import dump_float_array
 from longvlm.conversion.output_folder import check_free, output_folder
@@ -79,16 +79,17 @@ def convert_to_original(
 def _check_config(folder: Path) -> None:
     file = folder / "config.json"
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
+        config = read_json_object(file)
+    except (OSError, ValueError):
         raise ValueError(f"{folder} is no checkpoint: config.json lacks or cannot be read") from None
     if config.get("model_type") != "longvlm":
         raise ValueError(f"{folder} is a {config.get('model_type')} model, not a LongVLM")
-    kind = config["text_config"].get("model_type")
+    text_config = config.get("text_config")
+    kind = text_config.get("model_type") if isinstance(text_config, dict) else None
     if kind != "llama":
         raise ValueError(f"{folder} has a {kind} as its language model; the original knows LLaMA only")
     for name, value in ONLY.items():
-        if config[name] != value:
+        if config.get(name, value) != value:  # what is not written is the default, which is the original's
             raise ValueError(f"{folder} has {name}={config[name]!r}; the original knows {value!r} only")
 
 

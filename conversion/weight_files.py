@@ -102,7 +102,9 @@ def _open(file: Path, allow_torchscript: bool) -> Mapping[str, torch.Tensor]:
             warnings.simplefilter("ignore", FutureWarning)  # the format is old, and so are the files
             return torch.jit.load(file, map_location="cpu").state_dict()
     try:
-        values = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of pickle protocols; what counts is said below
+            values = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError:
         raise ValueError(
             f"{file} holds more than tensors, or is broken, and is not read: a pickle can run code; "

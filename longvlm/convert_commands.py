@@ -68,6 +68,7 @@ def original_command(
     """A checkpoint of the released LongVLM code: base LLaMA + LLaVA's delta + mm_projector.bin + CLIP."""
     from longvlm.conversion.original import convert_original
 
+    _only_our_own_lines()
     report = convert_original(
         llm,
         out,

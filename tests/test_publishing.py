@@ -364,6 +364,18 @@ SPOILED = {
         write("README.md", "---\nlicense: mit\n---\nin /home/me/x\n"),
         "README.md, line .*/home/me/x",
     ),
+    "token in UTF-16": (
+        write("notes.txt", ("first line\nhf_" + "aB3" * 12).encode("utf-16")),
+        "notes.txt, line 2: a Hugging Face token",
+    ),
+    "token in a binary file": (
+        write("notes.bin2", b"\xff\xfa\n" + b"AKIA" + b"A7" * 8),
+        "notes.bin2, line 2: an AWS key",
+    ),
+    "config no object": (write("config.json", "[]"), "config.json holds a list"),
+    "index no object": (write("model.safetensors.index.json", "[]"), "model.safetensors.index.json is no index"),
+    "index of a list": (write("model.safetensors.index.json", '{"weight_map": []}'), "is no index of shards"),
+    "card not UTF-8": (write("README.md", b"\xff\xfe\x00bad"), "README.md is not UTF-8.*--new-card"),
     "card not YAML": (write("README.md", "---\nlicense: [mit\n---\n"), "card cannot be made"),
 }
 

@@ -24,6 +24,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from longvlm.conversion.output_folder import share_as_other_files
+
 FORMAT, VERSION = "longvlm-features", 1
 INDEX, SHARD, TEMPORARY = "index.json", "features-{:05}.safetensors", ".partial"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -171,6 +173,7 @@ class FeatureWriter:
         described = {"width": self.width, "videos": self._waiting_videos}
         temporary = self.folder / f"{name}{TEMPORARY}"
         save_file(self._waiting, temporary, metadata={"format": "pt", FORMAT: json.dumps(described)})
+        share_as_other_files(temporary)
         _settle(temporary, self.folder / name)
         for video, entry in self._waiting_videos.items():
             self._index["videos"][video] = {**entry, "shard": name}

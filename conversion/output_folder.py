@@ -38,7 +38,7 @@ def output_folder(out: str | Path, *, overwrite: bool = False) -> Iterator[Path]
     partial.mkdir()
     try:
         yield partial
-        _share_as_other_files(partial)
+        share_as_other_files(partial)
         if out.exists():
             out.rename(previous)
         try:
@@ -66,9 +66,9 @@ def _clear_leftovers(out: Path) -> None:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-def _share_as_other_files(folder: Path) -> None:
-    """Weights are written for their owner alone; give all files the mode that new files have here."""
+def share_as_other_files(path: Path) -> None:
+    """safetensors writes for the owner alone: gives a file, or all in a folder, the mode that new files have here."""
     umask = os.umask(0)
     os.umask(umask)
-    for file in folder.rglob("*"):
+    for file in path.rglob("*") if path.is_dir() else (path,):
         file.chmod((0o777 if file.is_dir() else 0o666) & ~umask)

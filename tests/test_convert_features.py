@@ -417,3 +417,11 @@ def test_wrong_folders_are_told_in_one_line(tmp_path, monkeypatch, capsys):
     (tmp_path / "empty" / "index.json").write_text("{}")
     with pytest.raises(ValueError, match="is no index of LongVLM features"):
         FeatureReader(tmp_path / "empty")
+
+
+def test_shards_are_as_readable_as_other_files(tmp_path):
+    with FeatureWriter(tmp_path / "features", num_global_layers=2) as writer:
+        writer.add("video", torch.zeros(3, 8), torch.zeros(4, 8))
+    (tmp_path / "other").touch()
+    modes = {path.stat().st_mode for path in [tmp_path / "other", *(tmp_path / "features").glob("features-*")]}
+    assert len(modes) == 1

@@ -1,0 +1,146 @@
+"""Training of longvlm-tiny: what the packed lessons promise, and that an interrupted stage goes on."""
+
+import numpy as np
+import pytest
+import torch
+
+from longvlm.evaluation.storyline import KINDS, make_questions, make_story, story_seed
+from longvlm.training.tiny import vision as tiny_vision
+from longvlm.training.tiny.language import LanguageWithHeads, train_language
+from longvlm.training.tiny.lessons import IGNORED, Lessons, PromptMaker, load_lessons, pack
+from longvlm.training.tiny.recipe import make_config, make_model, make_processor, make_tokenizer
+from longvlm.training.tiny.segment_truth import HEADS, segment_truth
+from longvlm.training.tiny.story_features import StoryVideos, encode_stories
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    """Model and processor with an untrained encoder, and lessons of two stories of 12 frames."""
+    torch.manual_seed(0)
+    vision = tiny_vision.CLIPVisionModel(tiny_vision.vision_config())
+    tokenizer = make_tokenizer(40)
+    config = make_config(vision, tokenizer)
+    processor, model = make_processor(config, tokenizer), make_model(config, vision)
+    reader = encode_stories(model, processor, tmp_path_factory.mktemp("features"), StoryVideos("train", range(2), 12))
+    lessons = load_lessons(reader, processor, split="train", frames_per_segment=4, per_kind=2)
+    return model, processor, lessons
+
+
+def test_packed_questions_get_the_logits_that_each_gets_alone(parts):
+    """So no question sees another, and training is what asking will be."""
+    model, processor, lessons = parts
+    story_lessons, prompts = lessons[12], PromptMaker(processor)
+    asked = [one.questions[:5] for one in story_lessons]
+    batch = pack(story_lessons, asked, prompts)
+    seen = []
+    learner = LanguageWithHeads(model)
+    hook = model.lm_head.register_forward_hook(lambda module, args, output: seen.append(output))
+    with torch.no_grad():
+        learner(**batch)
+    hook.remove()
+    packed = seen[0]  # one row for each label, story after story
+
+    alone = []
+    for lesson, questions in zip(story_lessons, asked, strict=True):
+        features = {"local_features": (lesson.local.float(),), "global_features": lesson.global_[None].float()}
+        for _, ids, prompt_length in questions:
+            prefix = prompts.prefix(len(lesson.local) + len(lesson.global_))
+            with torch.no_grad():
+                logits = model(input_ids=torch.tensor([prefix + ids]), video_features=features).logits[0]
+            alone.append(logits[len(prefix) + prompt_length - 1 : -1])
+    torch.testing.assert_close(packed, torch.cat(alone), rtol=1e-4, atol=1e-4)
+
+
+def test_prompts_are_those_of_the_processor(parts):
+    _, processor, lessons = parts
+    prompts, lesson = PromptMaker(processor), lessons[12][0]
+    question = make_questions(make_story(story_seed("train", 0)), per_kind=2)[0]
+    kind, ids, prompt_length = lesson.questions[0]
+    count = processor.num_video_tokens(12)
+    messages = [
+        {"role": "user", "content": [{"type": "video"}, {"type": "text", "text": question.question}]},
+        {"role": "assistant", "content": question.answer},
+    ]
+    text = processor.apply_chat_template(messages, tokenize=False)
+    whole = prompts.prefix(count) + ids
+    assert whole == processor(text=text, num_video_tokens=[count])["input_ids"][0]
+    prompt = processor.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True)
+    assert (
+        prompts.prefix(count) + ids[:prompt_length] == processor(text=prompt, num_video_tokens=[count])["input_ids"][0]
+    )
+    assert kind == question.kind
+
+
+def test_segment_truth_tells_what_the_renderer_draws():
+    from longvlm.evaluation.storyline import COLOURS, SHAPES, Renderer, middle_times
+
+    for index in range(6):
+        story = make_story(story_seed("train", index))
+        truth = dict(zip(HEADS, segment_truth(story, 100, 4).T, strict=True))
+        renderer, times = Renderer(story, 64), middle_times(story, 100)
+        for segment in range(25):
+            seen = [renderer.truth_at(time) for time in times[4 * segment : 4 * segment + 4]]
+            if all(one.event == seen[0].event for one in seen):
+                colour = len(COLOURS) if seen[0].colour is None else COLOURS.index(seen[0].colour)
+                shape = len(SHAPES) if seen[0].shape is None else SHAPES.index(seen[0].shape)
+                assert (truth["now_colour"][segment], truth["now_shape"][segment]) == (colour, shape)
+        assert truth["number"][-1] == len(story.events)
+        assert (truth["number"].diff() >= 0).all()
+        reds = truth["nth_colour"][truth["now_colour"] == COLOURS.index(story.events[-1].colour)]
+        assert reds.max() == sum(event.colour == story.events[-1].colour for event in story.events)
+
+
+def test_spread_positions_keep_order_and_segments_together(parts):
+    _, processor, lessons = parts
+    batches = iter(Lessons(lessons, {12: 1.0}, PromptMaker(processor), spread=1.0, max_position=300))
+    largest = 0
+    for _ in range(8):
+        ((batch),) = next(batches)
+        for positions, blocks in zip(batch["position_ids"], batch["blocks"], strict=True):
+            video = positions[blocks == 0]
+            assert (video.diff() >= 1).all()
+            first = len(video) - 1 - 12  # bos, start, two global tokens come before the local ones
+            for start in range(first, first + 12, 4):
+                assert (video[start : start + 4].diff() == 1).all()
+            assert positions[blocks == 1][0] == video[-1] + 1
+            largest = max(largest, int(video[-1]))
+    assert 150 < largest <= 300 + len(video)
+
+
+def test_lessons_have_labels_for_answers_alone(parts):
+    _, processor, lessons = parts
+    ((batch),) = next(iter(Lessons(lessons, {12: 1.0}, PromptMaker(processor), num_questions=6)))
+    labelled = batch["labels"] != IGNORED
+    assert torch.equal(batch["labels"][labelled], batch["input_ids"][labelled])
+    for row, blocks in zip(labelled, batch["blocks"], strict=True):
+        for block in range(1, int(blocks.max()) + 1):
+            inside = row[blocks == block].nonzero().flatten()
+            assert inside[-1] == (blocks == block).sum() - 1 and len(inside) >= 2
+        assert not row[blocks == 0].any()
+    assert set(np.unique(batch["kinds"])) <= {-1, *range(len(KINDS))}
+
+
+def test_a_stage_that_is_done_is_not_trained_again(parts, tmp_path):
+    model, processor, lessons = parts
+    learner = LanguageWithHeads(model)
+    options = {"steps": 2, "num_questions": 3, "tokens_a_step": 24}
+    before = model.lm_head.weight.detach().clone()
+    train_language(learner, processor, lessons, {12: 1.0}, tmp_path, **options)
+    trained = model.lm_head.weight.detach().clone()
+    assert not torch.equal(before, trained)
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    train_language(learner, processor, lessons, {12: 1.0}, tmp_path, **options)
+    assert torch.equal(model.lm_head.weight, trained)
+
+
+def test_truth_frames_are_those_of_the_renderer():
+    item = next(iter(tiny_vision.TruthFrames(frames_per_story=8)))
+    assert item["pixels"].shape == (8, 64, 64, 3) and item["pixels"].dtype == torch.uint8
+    none = len(tiny_vision.SHAPES)
+    for mask, shape, pose in zip(item["mask"], item["shape"], item["pose"], strict=True):
+        assert bool(mask.any()) == bool(shape < none)
+        if shape < none:
+            ys, xs = mask.nonzero(as_tuple=True)
+            assert abs(float(xs.float().mean() + 0.5) / 64 - pose[0]) < 0.06
+            assert abs(float(ys.float().mean() + 0.5) / 64 - pose[1]) < 0.06

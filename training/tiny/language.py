@@ -1,0 +1,104 @@
+"""The language model and the projector of longvlm-tiny, trained on features of stories."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from longvlm.evaluation.storyline import KINDS
+from longvlm.training.tiny.lessons import IGNORED, Lesson, Lessons, PromptMaker, block_mask, unwrap
+from longvlm.training.tiny.loop import fit, steps_done
+from longvlm.training.tiny.segment_truth import HEADS, KNOWN, SEEN
+
+SEEN_LAYER, KNOWN_LAYER = 2, 4  # of 6: two are left to look things up
+
+
+class LanguageWithHeads(nn.Module):
+    """The model, and the linear heads that ask for the truth of each segment; `forward` returns the loss."""
+
+    def __init__(self, model, scaffold: float = 1.0):
+        super().__init__()
+        width = model.config.text_config.hidden_size
+        self.model, self.scaffold = model, scaffold
+        self.heads = nn.ModuleDict(
+            {
+                name: nn.Sequential(nn.LayerNorm(width), nn.Linear(width, sum(sizes.values())))
+                for name, sizes in (("seen", SEEN), ("known", KNOWN))
+            }
+        )
+
+    def forward(self, input_ids, position_ids, blocks, labels, kinds, local, global_, segment_ends, truth):
+        outputs = self.model.model(
+            input_ids=input_ids,
+            position_ids=position_ids,
+            attention_mask=block_mask(blocks),
+            video_features={"local_features": tuple(local.float()), "global_features": global_.float()},
+            output_hidden_states=True,
+            use_cache=False,
+        )
+        wanted = labels[:, 1:]
+        there = wanted != IGNORED
+        logits = self.model.lm_head(outputs.last_hidden_state[:, :-1][there]).float()
+        each = F.cross_entropy(logits, wanted[there], reduction="none")
+        kind = kinds[:, 1:][there]
+        right = (logits.argmax(-1) == wanted[there]).float()
+        results = {"loss": each.mean(), "answers": each.mean()}
+        for number, name in enumerate(KINDS):
+            results[name] = right[kind == number].mean()
+        if self.scaffold:
+            losses = self._scaffold(outputs.hidden_states, segment_ends, truth)
+            results["loss"] = results["loss"] + self.scaffold * torch.stack(list(losses.values())).mean()
+            results |= losses
+        return results
+
+    def _scaffold(self, hidden_states: Sequence[Tensor], ends: Tensor, truth: Tensor) -> dict[str, Tensor]:
+        said: dict[str, Tensor] = {}
+        for head, layer, sizes in (("seen", SEEN_LAYER, SEEN), ("known", KNOWN_LAYER, KNOWN)):
+            states = hidden_states[layer]
+            at_ends = states.gather(1, ends[..., None].expand(-1, -1, states.shape[-1]))
+            logits = self.heads[head](at_ends).float().split(list(sizes.values()), dim=-1)
+            said |= dict(zip(sizes, logits, strict=True))
+        return {
+            name: F.cross_entropy(said[name].flatten(0, 1), truth[..., i].flatten(), ignore_index=IGNORED)
+            for i, name in enumerate(HEADS)
+        }
+
+
+def train_language(
+    learner: LanguageWithHeads,
+    processor,
+    lessons: Mapping[int, Sequence[Lesson]],
+    shares: Mapping[int, float],
+    folder: Path,
+    *,
+    steps: int,
+    learning_rate: float = 1.5e-3,
+    seed: int = 0,
+    **options,
+) -> None:
+    """Trains projector and LLM in place, or loads what an earlier call trained.
+
+    Args:
+        lessons: length of the videos in frames -> lessons; `shares`: how often each length comes.
+        folder: keeps checkpoints, and at the end the weights.
+        options: of `Lessons`.
+    """
+    done = folder / "trained.pt"
+    if done.exists():
+        learner.load_state_dict(torch.load(done, weights_only=True))
+        return
+    dataset = Lessons(lessons, shares, PromptMaker(processor), seed=seed + steps_done(folder), **options)
+    fit(
+        learner,
+        dataset,
+        unwrap,
+        folder,
+        max_steps=steps,
+        learning_rate=learning_rate,
+        per_device_train_batch_size=1,
+        seed=seed,
+    )
+    torch.save(learner.state_dict(), folder / "unfinished.pt")
+    (folder / "unfinished.pt").rename(done)

@@ -1,0 +1,130 @@
+"""What longvlm-tiny is made of: its tokenizer, its prompt, its processor and its untrained language model."""
+
+from collections.abc import Iterable
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import CLIPVisionModel, LlamaConfig, PreTrainedTokenizerFast, set_seed
+
+from longvlm.evaluation.storyline import make_questions, make_story, story_seed
+from longvlm.processing.processing_longvlm import VIDEO_TOKENS
+from longvlm.registration import (
+    LongVLMConfig,
+    LongVLMForConditionalGeneration,
+    LongVLMProcessor,
+    LongVLMVideoProcessor,
+)
+from longvlm.training.tiny.vision import FRAME_SIZE, MEAN, PATCH_SIZE, STD
+
+NUM_FRAMES = 100
+VOCABULARY = 512  # bytes and their merges; Storyline's words are a token each, other text costs more
+SPECIAL = ("<pad>", "<s>", "</s>", *VIDEO_TOKENS)
+
+# No system text: a question costs about 15 tokens, and it should stay so.
+CHAT_TEMPLATE = """\
+{{- bos_token -}}
+{%- for message in messages -%}
+    {%- if message.role == 'assistant' -%}
+        {%- generation -%}{{- ' ' + message.content + eos_token -}}{%- endgeneration -%}
+    {%- elif message.role == 'user' -%}
+        {{- message.content + '\n=' -}}
+    {%- else -%}
+        {{- message.content + '\n' -}}
+    {%- endif -%}
+{%- endfor -%}
+"""
+
+
+def make_tokenizer(num_stories: int = 400) -> PreTrainedTokenizerFast:
+    """Byte-level BPE trained on questions and answers of split train. Any text can be written in it."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=list(SPECIAL),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_texts(num_stories), trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", padding_side="left"
+    )
+    fast.add_special_tokens({"additional_special_tokens": list(VIDEO_TOKENS)})
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def _texts(num_stories: int) -> Iterable[str]:
+    for number in range(num_stories):
+        for question in make_questions(make_story(story_seed("train", number)), per_kind=2):
+            yield f"{question.question}\n= {question.answer}"
+            yield f" {' '.join(question.choices)}"
+
+
+def make_config(vision: CLIPVisionModel, tokenizer, **method) -> LongVLMConfig:
+    """The method's settings: 100 frames are 25 segments of 4 tokens, and E = 2 global ones."""
+    ids = dict(zip(("video_token_id", "video_start_token_id", "video_end_token_id"),
+                   tokenizer.convert_tokens_to_ids(list(VIDEO_TOKENS)), strict=True))  # fmt: skip
+    text = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=192,
+        intermediate_size=512,
+        num_hidden_layers=6,
+        num_attention_heads=6,
+        num_key_value_heads=6,
+        max_position_embeddings=4096,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        tie_word_embeddings=True,
+    )
+    settings = {
+        "frames_per_segment": 4,
+        "tokens_per_segment": 4,
+        "num_global_layers": 2,
+        "vision_feature_layer": -1,
+        "merge_num_heads": 4,
+        "merge_order": "time",
+        "projector_type": "mlp2x_gelu",
+        "vision_chunk_frames": 64,
+        **method,
+    }
+    if "merge_schedule" not in method:
+        settings["merge_schedule"] = gentle_schedule(settings["frames_per_segment"], settings["tokens_per_segment"])
+    return LongVLMConfig(vision_config=vision.config.to_dict(), text_config=text.to_dict(), **ids, **settings)
+
+
+def gentle_schedule(frames: int, tokens_left: int) -> list[int]:
+    """A tenth of the tokens merges in each step: halving forces small objects into what surrounds them."""
+    tokens, schedule = frames * (FRAME_SIZE // PATCH_SIZE) ** 2, []
+    while tokens > tokens_left:
+        schedule.append(min(max(tokens // 10, 1), tokens - tokens_left))
+        tokens -= schedule[-1]
+    return schedule
+
+
+def make_processor(config: LongVLMConfig, tokenizer, num_frames: int = NUM_FRAMES) -> LongVLMProcessor:
+    return LongVLMProcessor(
+        video_processor=LongVLMVideoProcessor(
+            num_frames=num_frames,
+            size={"height": FRAME_SIZE, "width": FRAME_SIZE},
+            image_mean=[MEAN] * 3,
+            image_std=[STD] * 3,
+        ),
+        tokenizer=tokenizer,
+        frames_per_segment=config.frames_per_segment,
+        tokens_per_segment=config.tokens_per_segment,
+        num_global_tokens=config.num_global_tokens,
+        patches_per_frame=config.patches_per_frame,
+    )
+
+
+def make_model(config: LongVLMConfig, vision: CLIPVisionModel, seed: int = 0) -> LongVLMForConditionalGeneration:
+    """The trained encoder, and everything after it untrained; float32."""
+    set_seed(seed)
+    model = LongVLMForConditionalGeneration(config)
+    model.model.vision_tower.load_state_dict(vision.state_dict())
+    model.model.vision_tower.requires_grad_(False)
+    model.generation_config.max_new_tokens = 16
+    return model.to(torch.float32)

@@ -23,7 +23,9 @@ MODULES = {
     "longvlm/conversion": "conversion",
     "longvlm/training": "training",
     "longvlm/evaluation": "evaluation",
+    "longvlm/training/tiny": "training/tiny",
     "longvlm/evaluation/storyline": "evaluation/storyline",
+    "longvlm/evaluation/ablations": "evaluation/ablations",
     "longvlm/evaluation/metrics": "evaluation/metrics",
     "longvlm/evaluation/metrics/longvlm_qa": "evaluation/metrics/longvlm_qa",
 }

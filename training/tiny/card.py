@@ -16,8 +16,8 @@ tags: [longvlm, video, synthetic]
 # longvlm-tiny
 
 The method of LongVLM (ECCV 2024) at the smallest size that works: {parameters:.1f} million parameters,
-{megabytes:.1f} MB. It answers questions about videos of Storyline, a synthetic world of simple objects that move, grow,
-blink, turn, appear and leave, one after the other. It comes with the package `longvlm`.
+{megabytes:.1f} MB. It answers questions about videos of Storyline, a synthetic world of simple objects that move,
+grow, blink, turn, appear and leave, one after the other. It comes with the package `longvlm`.
 
 ```python
 import longvlm
@@ -62,7 +62,7 @@ Training data: stories of Storyline's train split, made on the fly. No pictures,
 3. Projector and language model learn from the features ({language_training}). Questions about one video are packed
    behind it and cannot see each other. Beside the answers, linear heads that are thrown away afterwards ask the hidden
    states at each segment's end what is on stage and what came before.
-4. For long videos, a part of the short ones is put at spread positions (up to 1,100), and in the end lengths are mixed.
+4. For long videos, a part of the short ones is put at spread positions (up to 1,100); in the end lengths are mixed.
 """
 
 

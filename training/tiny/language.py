@@ -30,14 +30,7 @@ class LanguageWithHeads(nn.Module):
         )
 
     def forward(self, input_ids, position_ids, blocks, labels, kinds, local, global_, segment_ends, truth):
-        outputs = self.model.model(
-            input_ids=input_ids,
-            position_ids=position_ids,
-            attention_mask=block_mask(blocks),
-            video_features={"local_features": tuple(local.float()), "global_features": global_.float()},
-            output_hidden_states=True,
-            use_cache=False,
-        )
+        outputs = self._run(input_ids, position_ids, blocks, local, global_)
         wanted = labels[:, 1:]
         there = wanted != IGNORED
         logits = self.model.lm_head(outputs.last_hidden_state[:, :-1][there]).float()
@@ -47,11 +40,37 @@ class LanguageWithHeads(nn.Module):
         results = {"loss": each.mean(), "answers": each.mean()}
         for number, name in enumerate(KINDS):
             results[name] = right[kind == number].mean()
-        if self.scaffold:
+        if self.scaffold and truth.shape[1]:
             losses = self._scaffold(outputs.hidden_states, segment_ends, truth)
             results["loss"] = results["loss"] + self.scaffold * torch.stack(list(losses.values())).mean()
             results |= losses
         return results
+
+    @torch.no_grad()
+    def right_answers(self, batch: Mapping[str, Tensor]) -> list[tuple[str, bool]]:
+        """Kind of each question of a packed batch, and whether a greedy answer would be right in every token."""
+        names = ("input_ids", "position_ids", "blocks", "local", "global_")
+        hidden = self._run(*(batch[name] for name in names)).last_hidden_state
+        said = self.model.lm_head(hidden[:, :-1]).argmax(-1)  # (batch, length - 1)
+        results = []
+        for row in range(len(said)):
+            labels, blocks, kinds = (batch[name][row, 1:] for name in ("labels", "blocks", "kinds"))
+            for block in range(1, int(blocks.max()) + 1):
+                where = (blocks == block) & (labels != IGNORED)
+                kind = KINDS[int(kinds[where][0])]
+                results.append((kind, bool((said[row][where] == labels[where]).all())))
+        return results
+
+    def _run(self, input_ids, position_ids, blocks, local, global_):
+        features = {"local_features": tuple(local.float()), "global_features": global_.float()}
+        return self.model.model(
+            input_ids=input_ids,
+            position_ids=position_ids,
+            attention_mask=block_mask(blocks),
+            video_features=features if local.shape[1] + global_.shape[1] else None,
+            output_hidden_states=True,
+            use_cache=False,
+        )
 
     def _scaffold(self, hidden_states: Sequence[Tensor], ends: Tensor, truth: Tensor) -> dict[str, Tensor]:
         said: dict[str, Tensor] = {}

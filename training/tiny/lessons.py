@@ -75,16 +75,19 @@ class Lessons(IterableDataset):
     Args:
         lessons: length in frames -> lessons; `shares`: how often each length comes.
         weights: kind of question -> how often it is asked for, in proportion.
+        tokens_a_step: tokens of video in a step, which says how many stories it takes; or `stories_a_step`.
         spread: the part of the batches whose segments lie at random positions, up to `max_position`: so that positions
             of long videos are known before the videos are.
     """
 
     def __init__(self, lessons: Mapping[int, Sequence[Lesson]], shares: Mapping[int, float], prompts: PromptMaker, *,
                  num_questions: int = 14, weights: Mapping[str, float] | None = None, spread: float = 0.0,
-                 max_position: int = 1100, tokens_a_step: int = TOKENS_A_STEP, seed: int = 0):  # fmt: skip
+                 max_position: int = 1100, tokens_a_step: int = TOKENS_A_STEP, stories_a_step: int | None = None,
+                 seed: int = 0):  # fmt: skip
         self.lessons, self.shares, self.prompts = lessons, shares, prompts
         self.num_questions, self.weights = num_questions, weights or {}
-        self.spread, self.max_position, self.tokens_a_step, self.seed = spread, max_position, tokens_a_step, seed
+        self.spread, self.max_position, self.seed = spread, max_position, seed
+        self.tokens_a_step, self.stories_a_step = tokens_a_step, stories_a_step
 
     def __iter__(self) -> Iterator[list]:
         dice = np.random.default_rng(self.seed)
@@ -94,7 +97,7 @@ class Lessons(IterableDataset):
         while True:
             length = int(dice.choice(lengths, p=chances / chances.sum()))
             there = self.lessons[length]
-            count = max(1, round(self.tokens_a_step / len(there[0].local)))
+            count = self.stories_a_step or max(1, round(self.tokens_a_step / len(there[0].local)))
             while len(orders[length]) < count:
                 orders[length] += dice.permutation(len(there)).tolist()
             batch = [there[orders[length].pop()] for _ in range(count)]
@@ -133,12 +136,11 @@ def pack(lessons: Sequence[Lesson], questions: Sequence[list], prompts: PromptMa
     prefix = prompts.prefix(global_.shape[1] + local.shape[1])
     segments = lessons[0].truth.shape[0]
     # The last segment may be short: the others have all the same number of tokens.
-    per_segment = -(-local.shape[1] // segments)
+    per_segment = -(-local.shape[1] // max(segments, 1))
     first_local = len(prefix) - 1 - local.shape[1]
     ends = torch.arange(1, segments + 1).mul(per_segment).clamp(max=local.shape[1]) - 1 + first_local
-    rows: dict[str, list[list[int]]] = {
-        name: [] for name in ("input_ids", "position_ids", "blocks", "labels", "kinds")
-    }
+    fill = {"input_ids": 0, "position_ids": 0, "blocks": -1, "labels": IGNORED, "kinds": -1}
+    rows: dict[str, list[list[int]]] = {name: [] for name in fill}
     for number, asked in enumerate(questions):
         positions = np.arange(len(prefix))
         if gaps is not None:

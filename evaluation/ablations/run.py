@@ -1,0 +1,170 @@
+"""Trains and compares the variants: `python -m longvlm.evaluation.ablations.run --out FOLDER`.
+
+All variants have the same encoder (longvlm-tiny's), the same untrained projector and language model, the same stories,
+questions and steps. A run is one variant with one seed; what is finished in the folder is not run again, and several
+runs go beside each other (`--jobs`). At the end the table and the plot are made (`report.py`).
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from transformers import AutoModel, CLIPVisionModel
+from transformers.utils import logging
+
+from longvlm.conversion.feature_shards import FeatureReader, FeatureWriter
+from longvlm.evaluation.ablations.report import write_report
+from longvlm.evaluation.ablations.variants import VARIANTS, Variant, condense, frames_per_token_group
+from longvlm.evaluation.storyline import KINDS
+from longvlm.training.tiny.language import LanguageWithHeads, train_language
+from longvlm.training.tiny.lessons import PromptMaker, load_lessons, pack
+from longvlm.training.tiny.recipe import make_config, make_model, make_processor, make_tokenizer
+from longvlm.training.tiny.story_features import StoryVideos
+from longvlm.training.tiny.vision import normalised
+
+NUM_FRAMES = 100
+
+
+def tiny_encoder() -> CLIPVisionModel:
+    """The encoder of the checkpoint that comes with the package."""
+    import longvlm
+
+    return AutoModel.from_pretrained(longvlm.tiny_checkpoint(), dtype="auto").vision_tower
+
+
+@torch.no_grad()
+def encode(vision: CLIPVisionModel, split: str, num_stories: int, folder: Path) -> None:
+    """Every story goes through the encoder once, and is condensed in every way: one folder of features a variant."""
+    videos = StoryVideos(split, range(num_stories), NUM_FRAMES)
+    writers = [
+        FeatureWriter(folder / variant.name, num_global_layers=0, metadata={"variant": str(variant)})
+        for variant in VARIANTS
+    ]
+    try:
+        for name in videos:
+            waiting = [pair for pair in zip(VARIANTS, writers, strict=True) if name not in pair[1]]
+            if not waiting:
+                continue
+            pixels = normalised(torch.from_numpy(videos[name])).to(vision.dtype)
+            states = vision(pixel_values=pixels, output_hidden_states=True).hidden_states
+            patches = states[-1][:, 1:].float()
+            class_tokens = torch.stack([state[:, 0].float() for state in states[1:]])
+            for variant, writer in waiting:
+                local, global_ = (part.half() for part in condense(variant, patches, class_tokens))
+                # A video without local tokens cannot be stored: its one row is left out when it is read.
+                writer.add(name, local if len(local) else torch.zeros(1, patches.shape[-1]).half(), global_)
+    finally:
+        for writer in writers:
+            writer.close()
+
+
+class _Stored:
+    def __init__(self, variant: Variant, local, memory):
+        self.local_features = local[:0] if variant.pooling == "none" else local
+        self.global_features = memory
+
+
+def lessons_of(variant: Variant, folder: Path, split: str, processor, per_kind: int):
+    reader = FeatureReader(folder / split / variant.name)
+    stored = {name: _Stored(variant, reader[name].local_features, reader[name].memory) for name in reader}
+    frames = frames_per_token_group(variant)
+    lessons = load_lessons(stored, processor, split=split, frames_per_segment=frames, per_kind=per_kind)[NUM_FRAMES]
+    if variant.pooling == "none":
+        for lesson in lessons:
+            lesson.truth = lesson.truth[:0]
+    return lessons
+
+
+def run_one(vision, variant: Variant, seed: int, folder: Path, *, steps: int) -> dict:
+    """-> accuracy on the test stories, of all questions and per kind, and what it took."""
+    tokenizer = make_tokenizer()
+    config = make_config(vision, tokenizer, num_global_layers=variant.e)
+    processor, model = make_processor(config, tokenizer), make_model(config, vision, seed=seed)
+    learner = LanguageWithHeads(model)
+    lessons = {split: lessons_of(variant, folder, split, processor, per_kind=6 if split == "train" else 2)
+               for split in ("train", "test")}  # fmt: skip
+    start = time.perf_counter()
+    # The same number of stories a step whatever their tokens: the same data in the same order for all.
+    tokens = len(lessons["train"][0].local)
+    train_language(
+        learner, processor, {NUM_FRAMES: lessons["train"]}, {NUM_FRAMES: 1.0}, folder / f"{variant.name}-{seed}",
+        steps=steps, seed=seed, num_questions=12, stories_a_step=16,
+    )  # fmt: skip
+    seconds = time.perf_counter() - start
+    prompts, right = PromptMaker(processor), []
+    learner.eval()
+    for first in range(0, len(lessons["test"]), 10):
+        some = lessons["test"][first : first + 10]
+        right += learner.right_answers(pack(some, [one.questions for one in some], prompts))
+    by_kind = {kind: [hit for its, hit in right if its == kind] for kind in KINDS}
+    return {
+        "variant": variant.name,
+        "seed": seed,
+        "tokens": tokens + len(lessons["train"][0].global_),
+        "steps": steps,
+        "seconds": round(seconds),
+        "questions": len(right),
+        "accuracy": sum(hit for _, hit in right) / len(right),
+        "kinds": {kind: sum(hits) / len(hits) for kind, hits in by_kind.items() if hits},
+    }
+
+
+def planned(seeds: int) -> list[tuple[Variant, int]]:
+    return [(variant, seed) for seed in range(seeds) for variant in VARIANTS if variant.main or seed == 0]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Compare ways to condense a video, on Storyline.")
+    parser.add_argument("--out", type=Path, default=Path(".cache/ablations"), help="folder for features and results")
+    parser.add_argument("--report", type=Path, default=Path("docs"), help="folder of ablations.md and its plot")
+    parser.add_argument("--vision", type=Path, help="folder of a CLIPVisionModel; default: longvlm-tiny's")
+    parser.add_argument("--train", type=int, default=1000, help="stories to learn from")
+    parser.add_argument("--test", type=int, default=200, help="stories to score on")
+    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--seeds", type=int, default=3, help="of the main rows")
+    parser.add_argument("--jobs", type=int, default=2, help="runs beside each other")
+    parser.add_argument("--only", nargs=2, metavar=("VARIANT", "SEED"), help="one run, and no report")
+    options = parser.parse_args()
+    logging.set_verbosity_error()
+    vision = CLIPVisionModel.from_pretrained(options.vision, dtype="auto") if options.vision else tiny_encoder()
+    results = options.out / "results"
+    results.mkdir(parents=True, exist_ok=True)
+    if options.only:
+        torch.set_num_threads(max(1, torch.get_num_threads() // options.jobs))
+        (variant,) = [variant for variant in VARIANTS if variant.name == options.only[0]]
+        result = run_one(vision, variant, int(options.only[1]), options.out, steps=options.steps)
+        file = results / f"{variant.name}-{options.only[1]}.json"
+        file.with_suffix(".partial").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        file.with_suffix(".partial").rename(file)
+        return
+    for split, count in (("train", options.train), ("test", options.test)):
+        print(f"ablations: encoding {count} stories of {split}", flush=True)
+        encode(vision.to(torch.bfloat16), split, count, options.out / split)
+    todo = [(v.name, str(s)) for v, s in planned(options.seeds) if not (results / f"{v.name}-{s}.json").exists()]
+    running: list[tuple[tuple[str, str], subprocess.Popen]] = []
+    while todo or running:
+        while todo and len(running) < options.jobs:
+            one = todo.pop(0)
+            print(f"ablations: {one[0]}, seed {one[1]}; {len(todo)} more to begin", flush=True)
+            command = [sys.executable, "-m", "longvlm.evaluation.ablations.run", *_given(options), "--only", *one]
+            log = open(options.out / f"{one[0]}-{one[1]}.log", "w")
+            running.append((one, subprocess.Popen(command, stdout=log, stderr=log)))
+        time.sleep(1)
+        for one, process in [pair for pair in running if pair[1].poll() is not None]:
+            running.remove((one, process))
+            if process.returncode:
+                print(f"ablations: {one[0]}, seed {one[1]} failed: see {options.out}/{one[0]}-{one[1]}.log")
+    write_report(results, options.report)
+
+
+def _given(options) -> list[str]:
+    given = ["--out", str(options.out), "--steps", str(options.steps), "--jobs", str(options.jobs)]
+    return [*given, "--vision", str(options.vision)] if options.vision else given
+
+
+if __name__ == "__main__":
+    main()

@@ -9,11 +9,11 @@ FLOOR  := 5.17
 OLD    := $(CURDIR)/.cache/transformers-$(FLOOR)
 PYTEST  = $(BIN)/python -m pytest $(if $(SLOW),--slow) $(ARGS)
 
-.PHONY: help setup demo test test-floor test-newest test-matrix lint style types bench clean
+.PHONY: help setup demo test test-floor test-newest test-matrix lint style types bench smollm2 clean
 
 help:
 	@sed -n 's/^# make /make /p' Makefile
-	@echo "also: make lint | style | test-matrix | bench | clean"
+	@echo "also: make lint | style | test-matrix | bench | smollm2 | clean"
 
 setup: $(STAMP)
 
@@ -57,6 +57,10 @@ types: $(STAMP)
 style: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# A real language model on Storyline: about 40 minutes on 2 cores; goes on where it was stopped.
+smollm2: $(STAMP)
+	$(BIN)/python -m examples.smollm2_storyline --out .cache/smollm2 --report docs/smollm2.md
 
 bench: $(STAMP)
 	for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done

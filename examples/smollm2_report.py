@@ -1,0 +1,155 @@
+"""The page about SmolLM2 on Storyline, from what `examples/smollm2_storyline.py` measured."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from longvlm.evaluation.storyline import KINDS
+
+TRAINED, CONTROLS = "trained", ("trained, another story's video", "trained, no video")
+TRAININGS = ("projector", "lora-tales", "lora-questions")
+
+_PAGE = """\
+# A real language model: SmolLM2-135M-Instruct on Storyline
+
+`make smollm2`, which runs `python -m examples.smollm2_storyline --out .cache/smollm2 --report docs/smollm2.md`,
+assembles SmolLM2-135M-Instruct (real weights, out of a 4-bit GGUF file) with the encoder of longvlm-tiny, trains the
+projector, then the projector and LoRA adapters of the language model, and asks about Storyline's test split. It uses
+nothing but the package's own tools; the `.yaml` files in its folder are for `longvlm train`.
+
+## What was trained, and on what
+
+| stage | what | steps | seconds a step | seconds |
+|---|---|---:|---:|---:|
+{stages}
+
+Batches of {batch_size} rows, learning rates {rates}, on {machine};
+{versions}.
+The encoder stays as it is.
+
+A video is {frames} frames, which are {video_tokens} tokens. Rows are about {stories:,} stories of split train:
+{tales:,} stories to be told ("{example}"),
+and {questions:,} questions of all kinds, each alone with its video. The projector, and LoRA at first, learn to tell
+stories: that is some fifty tokens to learn from, where an answer is two or three. No story of the test split is
+trained on, nor any combination of colour, shape and action that it has.
+
+Mean loss over the first and the last tenth of each training: {losses}.
+
+## How well it answers
+
+{test_stories} stories of the test split, {count} questions, each asked alone; answers written freely by `generate()`,
+read by `evaluation/metrics/longvlm_qa`. Accuracy in percent; over all with a 95 % bootstrap interval.
+
+{table}
+
+Answers that name none of the possible answers, or several, are wrong; they were {unparsed}.
+
+## What this shows
+
+{reading}
+
+One seed, one run, {minutes:.0f} minutes in all: a check that training works with a real language model, not a measure
+of how far it gets.
+"""
+
+
+def page(results: Mapping[str, Any]) -> str:
+    """Markdown. `results`: what stands in `results.json`."""
+    stages, scores, options = results["stages"], results["scores"], results["options"]
+    trained = scores[TRAINED]
+    seconds = sum(one["seconds"] for group in (stages, scores) for one in group.values())
+    return _PAGE.format(
+        stages="\n".join(_stage_rows(stages, scores)),
+        batch_size=options["batch_size"],
+        machine=results["machine"],
+        versions=", ".join(f"{name} {number}" for name, number in results["versions"].items()),
+        rates=", ".join(f"{stages[name]['learning_rate']:g}" for name in TRAININGS),
+        example="stripes: red star moves left, blue moon grows, ...",
+        tales=stages["rows"]["tales"],
+        questions=stages["rows"]["questions"],
+        stories=options["stories"],
+        frames=options["frames"],
+        video_tokens=stages["assemble"]["video_tokens"],
+        losses="; ".join(f"{name} {_loss(stages[name]['losses'])}" for name in TRAININGS),
+        test_stories=options["test_stories"],
+        count=trained["count"],
+        table=_table(results["chance"], scores),
+        unparsed=", ".join(f"{100 * one['unparsed']:.0f} % ({name})" for name, one in scores.items()),
+        reading=_reading(results["chance"], scores),
+        minutes=seconds / 60,
+    )
+
+
+def _stage_rows(stages: Mapping[str, Any], scores: Mapping[str, Any]) -> list[str]:
+    rows = [
+        f"| assemble | SmolLM2, encoder, untrained projector | | | {stages['assemble']['seconds']:.0f} |",
+        f"| encode | {stages['features']['stories']:,} stories, once | | | {stages['features']['seconds']:.0f} |",
+    ]
+    for name in TRAININGS:
+        one = stages[name]
+        what = f"{one['trained_parameters'] / 1e6:.1f} million parameters"
+        if one["steps_before_it_was_stopped"]:
+            what += f" (stopped once; seconds from step {one['steps_before_it_was_stopped']} on)"
+        rows.append(f"| {name} | {what} | {one['steps']} | {one['seconds_per_step']} | {one['seconds']:.0f} |")
+    asking = sum(one["seconds"] for one in scores.values())
+    return [*rows, f"| ask | {len(scores)} times {_any(scores)['count']} questions | | | {asking:.0f} |"]
+
+
+def _any(scores: Mapping[str, Any]) -> Mapping[str, Any]:
+    return next(iter(scores.values()))
+
+
+def _loss(losses: Sequence[Sequence[float]]) -> str:
+    values = [loss for _, loss in losses]
+    tenth = max(len(values) // 10, 1)
+    first, last = (sum(part) / tenth for part in (values[:tenth], values[-tenth:]))
+    return f"{first:.2f} and {last:.2f}"
+
+
+def _table(chance: Mapping[str, float], scores: Mapping[str, Any]) -> str:
+    lines = [
+        f"| kind | questions | chance | {' | '.join(scores)} |",
+        f"|---|{'---:|' * (len(scores) + 2)}",
+    ]
+    for kind in (kind for kind in KINDS if kind in _any(scores)["kinds"]):
+        cells = [f"{100 * one['kinds'][kind]['accuracy']:.0f}" for one in scores.values()]
+        count = _any(scores)["kinds"][kind]["count"]
+        lines.append(f"| {kind} | {count} | {100 * chance[kind]:.0f} | {' | '.join(cells)} |")
+    cells = [
+        f"{100 * one['accuracy']:.1f} ({100 * one['accuracy_low']:.1f} to {100 * one['accuracy_high']:.1f})"
+        for one in scores.values()
+    ]
+    return "\n".join(
+        [*lines, f"| **all** | {_any(scores)['count']} | {100 * chance['all']:.1f} | {' | '.join(cells)} |"]
+    )
+
+
+def _reading(chance: Mapping[str, float], scores: Mapping[str, Any]) -> str:
+    """Whether the video tells the answers: where the interval lies above those of both controls, and above chance."""
+
+    def seen(pick) -> bool:
+        low = pick(scores[TRAINED])["accuracy_low"]
+        return all(low > pick(scores[name])["accuracy_high"] for name in CONTROLS)
+
+    learned = [
+        kind
+        for kind, one in scores[TRAINED]["kinds"].items()
+        if one["accuracy_low"] > chance[kind] and seen(lambda result, kind=kind: result["kinds"][kind])
+    ]
+    rest = [kind for kind in scores[TRAINED]["kinds"] if kind not in learned]
+    if not seen(lambda result: result):
+        start = "Over all questions the video makes no difference that these numbers could tell from luck."
+    else:
+        start = "Over all questions the answers come from the video: with another story's, or none, they are worse."
+    parts = [start]
+    if learned:
+        parts.append(
+            f"Above chance and both controls, beyond the intervals: {', '.join(sorted(learned, key=KINDS.index))}."
+        )
+    if rest:
+        parts.append(
+            f"Not told apart from guessing at this number of questions: {', '.join(sorted(rest, key=KINDS.index))}."
+        )
+    return "\n".join(parts)
+
+
+__all__ = ["page"]

@@ -1,0 +1,315 @@
+"""`make smollm2`: a real language model learns to read a small encoder's videos; a larger check than longvlm-tiny.
+
+    python -m examples.smollm2_storyline --out .cache/smollm2 --report docs/smollm2.md
+
+SmolLM2-135M-Instruct and the encoder of longvlm-tiny are assembled, Storyline's train stories are encoded once, the
+projector is trained, then LoRA adapters with it; each question about stories of the test split is asked alone. Every
+stage keeps what it made in `--out`: the same command goes on where it was stopped, in training at the last checkpoint.
+
+A question's answer is two or three tokens to learn from, a whole story is fifty. So the projector, and LoRA at first,
+learn to tell stories; only then LoRA learns to answer.
+"""
+
+import argparse
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers.utils import logging
+
+import longvlm
+from examples.smollm2_report import page
+from longvlm.conversion.assemble import assemble
+from longvlm.evaluation.storyline import chance_levels, frames_at, make_questions, make_story, middle_times, story_seed
+from longvlm.evaluation.storyline.blind import questions_of
+from longvlm.evaluation.storyline.questions import DOES
+from longvlm.evaluation.storyline.scoring import score
+from longvlm.training.features import extract_features
+from longvlm.training.tiny.recipe import FRAME_SIZE, MEAN, STD, gentle_schedule
+from longvlm.training.train import parse_arguments, train
+from longvlm.training.trainable import PROJECTOR_FILE
+from longvlm.training.trainer import last_whole_checkpoint
+from tests.real_data import RealDataUnavailable, smollm2_gguf
+
+# As longvlm-tiny has them, for a bare encoder; of a LongVLM checkpoint its own are taken.
+METHOD = {
+    "frames_per_segment": 4,
+    "tokens_per_segment": 4,
+    "num_global_layers": 2,
+    "vision_feature_layer": -1,
+    "merge_num_heads": 4,
+    "merge_order": "time",
+    "merge_schedule": gentle_schedule(4, 4),
+}
+# SmolLM2's own turns without the system text that it would add: that would cost 20 tokens of each question.
+CHAT_TEMPLATE = """\
+{%- for message in messages -%}
+    {{- '<|im_start|>' + message.role + '\n' -}}
+    {%- if message.role == 'assistant' -%}
+        {%- generation -%}{{- message.content + '<|im_end|>' -}}{%- endgeneration -%}{{- '\n' -}}
+    {%- else -%}
+        {{- message.content + '<|im_end|>\n' -}}
+    {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}
+"""
+TELL = "Tell the story of the video."
+# name -> what is trained, on which rows, from which checkpoint (or projector)
+TRAININGS: dict[str, dict[str, str]] = {
+    "projector": {"train": "projector", "rows": "tales", "model": "model"},
+    "lora-tales": {"train": "lora", "rows": "tales", "model": "model", "init_projector": "projector"},
+    "lora-questions": {"train": "lora", "rows": "questions", "model": "lora-tales"},
+}
+SCORES: dict[str, tuple[str, str]] = {  # name -> checkpoint, video
+    "untrained, no video": ("model", "none"),
+    "trained": ("lora-questions", "true"),
+    "trained, another story's video": ("lora-questions", "swapped"),
+    "trained, no video": ("lora-questions", "none"),
+}
+
+
+class Stages:
+    """What is done stands in `results.json`; a stage that stands there is not done again.
+
+    Raises:
+        ValueError: the folder holds results of other options.
+    """
+
+    def __init__(self, out: Path, options: Mapping[str, Any]):
+        self.file = out / "results.json"
+        out.mkdir(parents=True, exist_ok=True)
+        self.results: dict[str, Any] = {"options": dict(options), "stages": {}, "scores": {}}
+        if self.file.exists():
+            self.results = json.loads(self.file.read_text(encoding="utf-8"))
+            before = self.results["options"]
+            for name in options:
+                if before.get(name) != options[name]:
+                    raise ValueError(
+                        f"{out} holds a run with {name}={before.get(name)}, not {options[name]}; give another --out"
+                    )
+
+    def do(self, group: str, name: str, make: Callable[[], Mapping[str, Any]]) -> None:
+        """Runs `make` and keeps what it returns, and the seconds that it took, under `results[group][name]`."""
+        if name in self.results[group]:
+            print(f"{name}: done before", flush=True)
+            return
+        print(f"{name} ...", flush=True)
+        start = time.perf_counter()
+        told = make()
+        self.results[group][name] = {**told, "seconds": round(time.perf_counter() - start, 1)}
+        self.save()
+
+    def save(self) -> None:
+        unfinished = self.file.with_suffix(".partial")
+        unfinished.write_text(json.dumps(self.results, indent=1) + "\n", encoding="utf-8")
+        os.replace(unfinished, self.file)
+
+
+class StoryVideos(Mapping):
+    """`"train/17"` -> the 18th story of split train, `(frames, 64, 64, 3)` uint8, drawn when it is asked for."""
+
+    def __init__(self, split: str, num_stories: int, num_frames: int):
+        self.split, self.num_stories, self.num_frames = split, num_stories, num_frames
+
+    def __getitem__(self, name: str):
+        story = make_story(story_seed(self.split, int(name.split("/")[1])))
+        return frames_at(story, middle_times(story, self.num_frames), size=FRAME_SIZE)
+
+    def __iter__(self) -> Iterator[str]:
+        return (f"{self.split}/{index}" for index in range(self.num_stories))
+
+    def __len__(self) -> int:
+        return self.num_stories
+
+
+# --- the stages; each returns what is worth knowing ---
+
+
+def put_together(out: Path, vision: Path, language: Path, num_frames: int) -> dict[str, Any]:
+    """The checkpoint `out/model`: SmolLM2, the encoder, an untrained projector."""
+    method, mean, std = dict(METHOD), [MEAN] * 3, [STD] * 3
+    if AutoConfig.from_pretrained(vision).model_type == "longvlm":
+        whole = AutoModelForImageTextToText.from_pretrained(vision, dtype="auto")
+        prepared = AutoProcessor.from_pretrained(vision).video_processor
+        method = {name: getattr(whole.config, name) for name in METHOD}
+        mean, std = prepared.image_mean, prepared.image_std
+        vision = out / "encoder"
+        whole.model.vision_tower.save_pretrained(vision)
+    folder = assemble(
+        vision,
+        language,
+        out / "model",
+        video_options={"num_frames": num_frames, "image_mean": list(mean), "image_std": list(std)},
+        projector_type="mlp2x_gelu",
+        overwrite=True,
+        **method,
+    )
+    processor = AutoProcessor.from_pretrained(folder)
+    processor.chat_template = CHAT_TEMPLATE
+    processor.save_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder)
+    return {"video_tokens": config.num_video_tokens(num_frames)}
+
+
+def write_rows(out: Path, num_stories: int) -> dict[str, Any]:
+    """`questions.jsonl`, a question a row: others about the same story would tell what exists; `tales.jsonl`."""
+    rows: dict[str, list[dict]] = {"questions": [], "tales": []}
+    for index in range(num_stories):
+        story = make_story(story_seed("train", index))
+        for question in make_questions(story):
+            rows["questions"].append(row(index, question.question, question.answer))
+        told = ", ".join(f"{event.object} {DOES[event.action]}" for event in story.events)
+        shares = story.scene_shares()
+        rows["tales"].append(row(index, TELL, f"{max(shares, key=shares.__getitem__)}: {told}"))
+    for name, content in rows.items():
+        (out / f"{name}.jsonl").write_text("".join(json.dumps(one) + "\n" for one in content), encoding="utf-8")
+    return {name: len(content) for name, content in rows.items()}
+
+
+def row(index: int, question: str, answer: str) -> dict[str, Any]:
+    content = [{"type": "video", "video": f"train/{index}"}, {"type": "text", "text": question}]
+    return {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]}
+
+
+def encode(out: Path, num_stories: int, num_frames: int) -> dict[str, Any]:
+    model, processor = load(out / "model")
+    videos = StoryVideos("train", num_stories, num_frames)
+    options = {"do_sample_frames": False}
+    report = extract_features(
+        videos, out / "features", model=model, processor=processor, video_options=options, progress=True
+    )
+    return {"stories": num_stories, "report": str(report)}
+
+
+def fine_tune(out: Path, name: str, *, steps: int, rate: float, options: argparse.Namespace) -> dict[str, Any]:
+    """One training into `out/name`, from `out/name.yaml`, with which `longvlm train` does the same."""
+    plan = TRAININGS[name]
+    config = {
+        "model": str(out / plan["model"]),
+        "dtype": "bfloat16",
+        "train": plan["train"],
+        "train_data": [str(out / f"{plan['rows']}.jsonl")],
+        "features": [str(out / "features")],
+        "output_dir": str(out / name),
+        "max_steps": steps,
+        "learning_rate": rate,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.05,
+        "per_device_train_batch_size": options.batch_size,
+        "bf16": True,
+        "seed": options.seed,
+        "logging_steps": options.logging_steps,
+        "save_steps": 50,
+        "save_total_limit": 1,
+        "report_to": "none",
+        "resume_from_checkpoint": "auto",
+    }
+    if plan["train"] == "lora":
+        config |= {"lora_r": options.lora_r, "lora_alpha": 2 * options.lora_r, "lora_dropout": 0.0, "merge_lora": True}
+    if "init_projector" in plan:
+        config["init_projector"] = str(out / plan["init_projector"] / PROJECTOR_FILE)
+    file = out / f"{name}.yaml"
+    file.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+    checkpoint = last_whole_checkpoint(out / name)
+    before = int(checkpoint.rsplit("-", 1)[1]) if checkpoint else 0
+    trainer = train(*parse_arguments([str(file)]))
+    history, now = trainer.state.log_history, trainer.state.global_step - before
+    runtime = next(entry["train_runtime"] for entry in reversed(history) if "train_runtime" in entry)
+    trained = [p for group in trainer.optimizer.param_groups for p in group["params"]]
+    return {
+        "steps": trainer.state.global_step,
+        "learning_rate": rate,
+        "steps_before_it_was_stopped": before,
+        "seconds_per_step": round(runtime / now, 2) if now else None,
+        "trained_parameters": sum(parameter.numel() for parameter in trained),
+        "losses": [[entry["step"], round(entry["loss"], 4)] for entry in history if "loss" in entry],
+    }
+
+
+def load(folder: Path):
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    return model, AutoProcessor.from_pretrained(folder)
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """All stages; returns what stands in `results.json`."""
+    out = options.out
+    vision = options.vision or longvlm.tiny_checkpoint()
+    asked = {name: value for name, value in vars(options).items() if name not in ("out", "report", "vision")}
+    stages = Stages(out, asked)
+    stages.results |= {
+        "versions": {name: version(name) for name in ("longvlm", "torch", "transformers", "peft")},
+        "machine": f"{torch.get_num_threads()} threads of a {platform.machine()} CPU",
+        "chance": chance_levels(questions_of("test", options.test_stories)),
+    }
+    stages.do("stages", "assemble", lambda: put_together(out, vision, smollm2_gguf(), options.frames))
+    stages.do("stages", "rows", lambda: write_rows(out, options.stories))
+    stages.do("stages", "features", lambda: encode(out, options.stories, options.frames))
+    lengths = {
+        "projector": (options.projector_steps, options.projector_rate),
+        "lora-tales": (options.tale_steps, options.lora_rate),
+        "lora-questions": (options.question_steps, options.lora_rate),
+    }
+    for name, (steps, rate) in lengths.items():
+
+        def fit(name: str = name, steps: int = steps, rate: float = rate) -> dict[str, Any]:
+            return fine_tune(out, name, steps=steps, rate=rate, options=options)
+
+        stages.do("stages", name, fit)
+    for name, (checkpoint, video) in SCORES.items():
+
+        def ask(checkpoint: str = checkpoint, video: str = video) -> dict[str, Any]:
+            return score(
+                *load(out / checkpoint), "test", options.test_stories, num_frames=options.frames, video=video,
+                max_new_tokens=16, progress=True,
+            )  # fmt: skip
+
+        stages.do("scores", name, ask)
+    stages.save()
+    return stages.results
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description="SmolLM2-135M-Instruct learns to answer Storyline's questions.")
+    made.add_argument("--out", type=Path, required=True, help="folder for what the stages make")
+    made.add_argument("--report", type=Path, help="write the numbers as a page of Markdown here")
+    made.add_argument("--vision", type=Path, help="vision encoder, or a LongVLM whose own is taken (longvlm-tiny)")
+    made.add_argument("--stories", type=int, default=800, help="of split train")
+    made.add_argument("--test-stories", type=int, default=50, help="of split test, one question of each kind")
+    made.add_argument("--frames", type=int, default=100, help="of each video")
+    made.add_argument("--projector-steps", type=int, default=100, help="the projector alone, telling stories")
+    made.add_argument("--tale-steps", type=int, default=150, help="LoRA and projector, telling stories")
+    made.add_argument("--question-steps", type=int, default=250, help="LoRA and projector, answering questions")
+    made.add_argument("--batch-size", type=int, default=8, help="questions of a step")
+    made.add_argument("--projector-rate", type=float, default=2e-3, help="learning rate")
+    made.add_argument("--lora-rate", type=float, default=1e-3, help="learning rate")
+    made.add_argument("--lora-r", type=int, default=16, help="rank of the adapters")
+    made.add_argument("--logging-steps", type=int, default=5)
+    made.add_argument("--seed", type=int, default=0)
+    return made
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parser().parse_args(arguments)
+    logging.set_verbosity_error()
+    try:
+        results = run(options)
+    except (ValueError, RealDataUnavailable) as error:
+        sys.exit(f"smollm2_storyline: {error}")
+    text = page(results)
+    if options.report:
+        options.report.write_text(text, encoding="utf-8")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

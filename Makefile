@@ -62,6 +62,14 @@ style: $(STAMP)
 smollm2: $(STAMP)
 	$(BIN)/python -m examples.smollm2_storyline --out .cache/smollm2 --report docs/smollm2.md
 
+# Trains longvlm-tiny from nothing (about 2 hours on 2 cores), and goes on where it was stopped.
+tiny: $(STAMP)
+	$(BIN)/python -m longvlm.training.tiny.build --out longvlm/longvlm-tiny --work .cache/tiny
+
+# Trains and compares ways to condense a video; table and plot in docs/.
+ablations: $(STAMP)
+	$(BIN)/python -m longvlm.evaluation.ablations.run --out .cache/ablations --report docs
+
 bench: $(STAMP)
 	for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 

@@ -10,6 +10,8 @@ import argparse
 import json
 import platform
 import time
+from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -17,7 +19,6 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging
 
-from longvlm.conversion.feature_shards import FeatureReader
 from longvlm.conversion.output_folder import output_folder
 from longvlm.evaluation.storyline.scoring import score
 from longvlm.training.tiny.card import card_text
@@ -25,79 +26,105 @@ from longvlm.training.tiny.language import LanguageWithHeads, train_language
 from longvlm.training.tiny.lessons import load_lessons
 from longvlm.training.tiny.recipe import make_config, make_model, make_processor, make_tokenizer
 from longvlm.training.tiny.story_features import StoryVideos, encode_stories
-from longvlm.training.tiny.vision import train_vision
+from longvlm.training.tiny.vision import ROUNDS, train_vision
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage of the language model. `lengths`: length in frames -> how often it comes."""
+
+    name: str
+    lengths: dict[int, float]
+    steps: int
+    learning_rate: float
+    spread: float  # the part of the steps whose segments lie at random positions
+
 
 # Length in frames -> stories of split train that are encoded.
 STORIES = {100: 3000, 200: 250, 400: 125, 1000: 100}
-# The second stage of the language model: how often each length comes.
-SHARES = {100: 0.7, 200: 0.1, 400: 0.1, 1000: 0.1}
+STAGES = (
+    Stage("language model, 100 frames", {100: 1.0}, 1700, 1.5e-3, spread=0.25),
+    Stage("language model, all lengths", {100: 0.7, 200: 0.1, 400: 0.1, 1000: 0.1}, 600, 7e-4, spread=0.0),
+)
+# What takes longest to learn is asked most.
+WEIGHTS = {"before": 2.0, "after": 2.0, "how many": 1.5, "which action": 1.5, "when": 1.5}
 SCORES = {
     "100 frames": {"num_stories": 500, "num_frames": 100},
     "1,000 frames": {"num_stories": 200, "num_frames": 1000},
     "100 frames, video of another story": {"num_stories": 500, "num_frames": 100, "video": "swapped"},
 }
-# What takes longest to learn is asked most.
-WEIGHTS = {"before": 2.0, "after": 2.0, "how many": 1.5, "which action": 1.5, "when": 1.5}
 
 
-def build(out: Path, work: Path, *, vision_steps: int = 2600, short_steps: int = 2000, mixed_steps: int = 600) -> None:
+class Clock:
+    """Seconds of each stage, added up over interruptions."""
+
+    def __init__(self, file: Path):
+        self.file = file
+        self.seconds: dict[str, int] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+
+    @contextmanager
+    def time(self, name: str):
+        print(f"longvlm-tiny: {name}", flush=True)
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0) + round(time.perf_counter() - start)
+            self.file.write_text(json.dumps(self.seconds, indent=1) + "\n", encoding="utf-8")
+
+
+def build(out: Path, work: Path, *, rounds=ROUNDS, stages=STAGES, stories=STORIES, scores=SCORES) -> None:
     """Args:
     out: the checkpoint's folder; replaced when everything is done.
     work: for what the stages make.
-    vision_steps, short_steps, mixed_steps: steps of the encoder, of the language model on 100 frames, and on all
-        lengths.
+    rounds, stages, stories, scores: how the encoder and the language model are trained, on what, and what is measured.
     """
-    seconds = {}
-
-    def timed(name: str, make):
-        print(f"longvlm-tiny: {name}", flush=True)
-        start = time.perf_counter()
-        result = make()
-        seconds[name] = round(time.perf_counter() - start)
-        return result
-
     work.mkdir(parents=True, exist_ok=True)
-    vision = timed("the encoder", lambda: train_vision(work / "vision", steps=vision_steps))
+    clock = Clock(work / "seconds.json")
+    with clock.time("encoder"):
+        vision = train_vision(work / "vision", rounds)
     tokenizer = make_tokenizer()
     config = make_config(vision, tokenizer)
     processor, model = make_processor(config, tokenizer), make_model(config, vision)
-
-    def encode():
-        for num_frames, count in STORIES.items():
-            encode_stories(
-                model, processor, work / f"features-{num_frames}", StoryVideos("train", range(count), num_frames)
-            )
-        folders = {num_frames: work / f"features-{num_frames}" for num_frames in STORIES}
-        return {
-            n: load_lessons(FeatureReader(folder), processor, split="train", per_kind=8,
-                            frames_per_segment=config.frames_per_segment)[n]
-            for n, folder in folders.items()
-        }  # fmt: skip
-
-    lessons = timed("the features of stories", encode)
     learner = LanguageWithHeads(model)
-    for name, lengths, steps, options in (
-        ("the language model, 100 frames", {100: 1.0}, short_steps, {"spread": 0.25, "learning_rate": 1.5e-3}),
-        ("the language model, all lengths", SHARES, mixed_steps, {"learning_rate": 7e-4}),
-    ):
-        folder = work / f"language-{len(lengths)}"
-        chosen = {length: lessons[length] for length in lengths}
-        timed(
-            name,
-            lambda folder=folder, chosen=chosen, lengths=lengths, steps=steps, options=options: train_language(
-                learner, processor, chosen, lengths, folder, steps=steps, weights=WEIGHTS, **options
-            ),
-        )
+    for number, stage in enumerate(stages):
+        lessons = {}
+        for length in stage.lengths:
+            with clock.time(f"features of {length:,} frames"):
+                videos = StoryVideos("train", range(stories[length]), length)
+                features = encode_stories(model, processor, work / f"features-{length}", videos)
+                lessons |= load_lessons(
+                    features, processor, split="train", per_kind=8, frames_per_segment=config.frames_per_segment
+                )
+        with clock.time(stage.name):
+            train_language(
+                learner,
+                processor,
+                lessons,
+                stage.lengths,
+                work / f"language-{number}",
+                steps=stage.steps,
+                learning_rate=stage.learning_rate,
+                spread=stage.spread,
+                weights=WEIGHTS,
+                seed=number,
+            )
     unscored = work / "checkpoint"
     with output_folder(unscored, overwrite=True) as folder:
         model.to(torch.bfloat16).save_pretrained(folder)
         processor.save_pretrained(folder)
-    results = timed("the scores", lambda: measure(unscored, work / "scores.json"))
+    with clock.time("scores"):
+        results = measure(unscored, work / "scores.json", scores)
+    lengths = ", ".join(f"{count:,} of {length:,} frames" for length, count in stories.items())
     about = {
+        "config": config,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "versions": {name: version(name) for name in ("torch", "transformers")},
-        "machine": f"{torch.get_num_threads()} threads of a {platform.machine()} CPU",
-        "seconds": seconds,
+        "versions": ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers")),
+        "machine": f"{torch.get_num_threads()} CPU cores ({platform.machine()})",
+        "seconds": clock.seconds,
+        "vision_training": f"{sum(one.steps for one in rounds):,} steps of 96 frames",
+        "stories": lengths,
+        "language_training": f"{sum(stage.steps for stage in stages):,} steps of 20 short stories, 14 questions each",
     }
     with output_folder(out, overwrite=True) as folder:
         model.save_pretrained(folder)
@@ -107,11 +134,11 @@ def build(out: Path, work: Path, *, vision_steps: int = 2600, short_steps: int =
     print(f"longvlm-tiny: {out} is ready")
 
 
-def measure(checkpoint: Path, file: Path) -> dict:
+def measure(checkpoint: Path, file: Path, scores) -> dict:
     """The scores of the checkpoint as users load it."""
     model = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype="auto").eval()
     processor = AutoProcessor.from_pretrained(checkpoint)
-    results = {name: score(model, processor, "test", progress=True, **options) for name, options in SCORES.items()}
+    results = {name: score(model, processor, "test", progress=True, **options) for name, options in scores.items()}
     file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     return results
 

@@ -68,16 +68,22 @@ Training data: stories of Storyline's train split, made on the fly. No pictures,
 
 def card_text(results: Mapping[str, Mapping[str, Any]], about: Mapping[str, Any]) -> str:
     """`results`: name -> scores; `about`: what `build` knows of the model and its training."""
-    stages = "\n".join(f"- {name}: {seconds // 60} min {seconds % 60} s" for name, seconds in about["seconds"].items())
-    minutes = round(sum(about["seconds"].values()) / 60)
-    parameters = about["parameters"]
+    config, parameters = about["config"], about["parameters"]
+    vision, text = config.vision_config, config.text_config
+    minutes, rest = divmod(sum(about["seconds"].values()), 60)
+    stages = [f"- {name}: {seconds // 60} min {seconds % 60} s" for name, seconds in about["seconds"].items()]
     return _CARD.format(
-        **{
-            **about,
-            "parameters": parameters / 1e6,
-            "megabytes": parameters * 2 / 1e6,
-            "stages": stages,
-            "minutes": minutes,
-            "table": table(dict(results)),
-        }
+        parameters=parameters / 1e6,
+        megabytes=parameters * 2 / 1e6,
+        vision=f"{vision.num_hidden_layers} layers of width {vision.hidden_size} on {vision.image_size} x "
+        f"{vision.image_size} pixels",
+        text=f"{text.num_hidden_layers} layers of width {text.hidden_size}",
+        vocabulary=text.vocab_size,
+        frames_per_segment=config.frames_per_segment,
+        tokens_per_segment=config.tokens_per_segment,
+        num_global_layers=config.num_global_layers,
+        num_video_tokens=config.num_video_tokens(100),
+        stages="\n".join([*stages, f"- all: {minutes} min {rest} s"]),
+        table=table(dict(results)),
+        **{name: about[name] for name in ("machine", "versions", "vision_training", "stories", "language_training")},
     )

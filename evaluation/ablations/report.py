@@ -77,7 +77,7 @@ def write_report(results: Path, folder: Path) -> None:
     any_run = next(iter(runs.values()))[0]
     minutes = sum(run["seconds"] for its in runs.values() for run in its) / 60
     about = (
-        f"{any_run['steps']} steps of 16 stories with 12 questions each; {any_run['questions']} questions of the test "
+        f"{any_run['steps']} steps of 12 stories with 10 questions each; {any_run['questions']} questions of the test "
         f"split; {sum(map(len, runs.values()))} runs, {minutes:.0f} minutes of training in all."
     )
     middle = f"{BEGIN}\n{results_table(runs)}\n\n{about}\n\n![The same as bars]({PLOT})\n{END}"

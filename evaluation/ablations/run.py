@@ -27,6 +27,7 @@ from longvlm.training.tiny.story_features import StoryVideos
 from longvlm.training.tiny.vision import normalised
 
 NUM_FRAMES = 100
+WIDTH = 128  # of the language model: smaller than longvlm-tiny's, for the sake of many runs
 
 
 def tiny_encoder() -> CLIPVisionModel:
@@ -82,7 +83,7 @@ def lessons_of(variant: Variant, folder: Path, split: str, processor, per_kind: 
 def run_one(vision, variant: Variant, seed: int, folder: Path, *, steps: int) -> dict:
     """-> accuracy on the test stories, of all questions and per kind, and what it took."""
     tokenizer = make_tokenizer()
-    config = make_config(vision, tokenizer, num_global_layers=variant.e)
+    config = make_config(vision, tokenizer, width=WIDTH, num_global_layers=variant.e)
     processor, model = make_processor(config, tokenizer), make_model(config, vision, seed=seed)
     learner = LanguageWithHeads(model)
     lessons = {split: lessons_of(variant, folder, split, processor, per_kind=6 if split == "train" else 2)
@@ -91,8 +92,8 @@ def run_one(vision, variant: Variant, seed: int, folder: Path, *, steps: int) ->
     # The same number of stories a step whatever their tokens: the same data in the same order for all.
     tokens = len(lessons["train"][0].local)
     train_language(
-        learner, processor, {NUM_FRAMES: lessons["train"]}, {NUM_FRAMES: 1.0}, folder / f"{variant.name}-{seed}",
-        steps=steps, seed=seed, num_questions=12, stories_a_step=16,
+        learner, processor, {NUM_FRAMES: lessons["train"]}, [(steps, {NUM_FRAMES: 1.0})],
+        folder / f"{variant.name}-{seed}", seed=seed, num_questions=10, stories_a_step=12,
     )  # fmt: skip
     seconds = time.perf_counter() - start
     prompts, right = PromptMaker(processor), []
@@ -122,11 +123,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(".cache/ablations"), help="folder for features and results")
     parser.add_argument("--report", type=Path, default=Path("docs"), help="folder of ablations.md and its plot")
     parser.add_argument("--vision", type=Path, help="folder of a CLIPVisionModel; default: longvlm-tiny's")
-    parser.add_argument("--train", type=int, default=1000, help="stories to learn from")
+    parser.add_argument("--train", type=int, default=600, help="stories to learn from")
     parser.add_argument("--test", type=int, default=200, help="stories to score on")
-    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--seeds", type=int, default=3, help="of the main rows")
     parser.add_argument("--jobs", type=int, default=2, help="runs beside each other")
+    parser.add_argument("--encode-only", action="store_true", help="make the features, and no run")
     parser.add_argument("--only", nargs=2, metavar=("VARIANT", "SEED"), help="one run, and no report")
     options = parser.parse_args()
     logging.set_verbosity_error()
@@ -144,6 +146,8 @@ def main() -> None:
     for split, count in (("train", options.train), ("test", options.test)):
         print(f"ablations: encoding {count} stories of {split}", flush=True)
         encode(vision.to(torch.bfloat16), split, count, options.out / split)
+    if options.encode_only:
+        return
     todo = [(v.name, str(s)) for v, s in planned(options.seeds) if not (results / f"{v.name}-{s}.json").exists()]
     running: list[tuple[tuple[str, str], subprocess.Popen]] = []
     while todo or running:

@@ -23,7 +23,7 @@ from longvlm.conversion.output_folder import output_folder
 from longvlm.evaluation.storyline.scoring import score
 from longvlm.training.tiny.card import card_text
 from longvlm.training.tiny.language import LanguageWithHeads, train_language
-from longvlm.training.tiny.lessons import load_lessons
+from longvlm.training.tiny.lessons import Plan, load_lessons, window_group
 from longvlm.training.tiny.recipe import make_config, make_model, make_processor, make_tokenizer
 from longvlm.training.tiny.story_features import StoryVideos, encode_stories
 from longvlm.training.tiny.vision import ROUNDS, train_vision
@@ -31,27 +31,37 @@ from longvlm.training.tiny.vision import ROUNDS, train_vision
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage of the language model. `lengths`: length in frames -> how often it comes."""
+    """A stage of the language model. `plan`: steps, and how often lessons of each length in frames come in them."""
 
     name: str
-    lengths: dict[int, float]
-    steps: int
+    lengths: tuple[int, ...]
+    plan: Plan
     learning_rate: float
     spread: float  # the part of the steps whose segments lie at random positions
+    windows: tuple[int, ...] = ()
 
 
 # Length in frames -> stories of split train that are encoded.
-STORIES = {100: 3000, 200: 250, 400: 125, 1000: 100}
+STORIES = {100: 3000, 200: 150, 400: 80, 1000: 60}
+TWO, FOUR = window_group(2), window_group(4)
+# First to see, on whole stories; then to find what a question names, in windows of few events; then both.
+SHORT: Plan = (
+    (500, {100: 1.0}),
+    (250, {TWO: 1.0}),
+    (300, {FOUR: 0.8, TWO: 0.2}),
+    (600, {100: 0.75, FOUR: 0.25}),
+)
+LONG: Plan = ((400, {100: 0.7, 200: 0.1, 400: 0.1, 1000: 0.1}),)
 STAGES = (
-    Stage("language model, 100 frames", {100: 1.0}, 1700, 1.5e-3, spread=0.25),
-    Stage("language model, all lengths", {100: 0.7, 200: 0.1, 400: 0.1, 1000: 0.1}, 600, 7e-4, spread=0.0),
+    Stage("language model, 100 frames", (100,), SHORT, 1.5e-3, spread=0.25, windows=(2, 4)),
+    Stage("language model, all lengths", (100, 200, 400, 1000), LONG, 7e-4, spread=0.0),
 )
 # What takes longest to learn is asked most.
 WEIGHTS = {"before": 2.0, "after": 2.0, "how many": 1.5, "which action": 1.5, "when": 1.5}
 SCORES = {
     "100 frames": {"num_stories": 500, "num_frames": 100},
-    "1,000 frames": {"num_stories": 200, "num_frames": 1000},
-    "100 frames, video of another story": {"num_stories": 500, "num_frames": 100, "video": "swapped"},
+    "1,000 frames": {"num_stories": 100, "num_frames": 1000},
+    "100 frames, video of another story": {"num_stories": 200, "num_frames": 100, "video": "swapped"},
 }
 
 
@@ -94,16 +104,20 @@ def build(out: Path, work: Path, *, rounds=ROUNDS, stages=STAGES, stories=STORIE
                 videos = StoryVideos("train", range(stories[length]), length)
                 features = encode_stories(model, processor, work / f"features-{length}", videos)
                 lessons |= load_lessons(
-                    features, processor, split="train", per_kind=8, frames_per_segment=config.frames_per_segment
+                    features,
+                    processor,
+                    split="train",
+                    per_kind=8,
+                    frames_per_segment=config.frames_per_segment,
+                    windows=stage.windows,
                 )
         with clock.time(stage.name):
             train_language(
                 learner,
                 processor,
                 lessons,
-                stage.lengths,
+                stage.plan,
                 work / f"language-{number}",
-                steps=stage.steps,
                 learning_rate=stage.learning_rate,
                 spread=stage.spread,
                 weights=WEIGHTS,
@@ -124,7 +138,7 @@ def build(out: Path, work: Path, *, rounds=ROUNDS, stages=STAGES, stories=STORIE
         "seconds": clock.seconds,
         "vision_training": f"{sum(one.steps for one in rounds):,} steps of 96 frames",
         "stories": lengths,
-        "language_training": f"{sum(stage.steps for stage in stages):,} steps of 20 short stories, 14 questions each",
+        "language_training": f"{sum(n for stage in stages for n, _ in stage.plan):,} steps of about 20 stories",
     }
     with output_folder(out, overwrite=True) as folder:
         model.save_pretrained(folder)

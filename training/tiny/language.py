@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from longvlm.evaluation.storyline import KINDS
-from longvlm.training.tiny.lessons import IGNORED, Lesson, Lessons, PromptMaker, block_mask, unwrap
+from longvlm.training.tiny.lessons import IGNORED, Group, Lesson, Lessons, Plan, PromptMaker, block_mask, unwrap
 from longvlm.training.tiny.loop import fit, steps_done
 from longvlm.training.tiny.segment_truth import HEADS, KNOWN, SEEN
 
@@ -29,8 +29,8 @@ class LanguageWithHeads(nn.Module):
             }
         )
 
-    def forward(self, input_ids, position_ids, blocks, labels, kinds, local, global_, segment_ends, truth):
-        outputs = self._run(input_ids, position_ids, blocks, local, global_)
+    def forward(self, input_ids, position_ids, blocks, labels, kinds, local, lengths, global_, segment_ends, truth):
+        outputs = self._run(input_ids, position_ids, blocks, local, lengths, global_)
         wanted = labels[:, 1:]
         there = wanted != IGNORED
         logits = self.model.lm_head(outputs.last_hidden_state[:, :-1][there]).float()
@@ -49,7 +49,7 @@ class LanguageWithHeads(nn.Module):
     @torch.no_grad()
     def right_answers(self, batch: Mapping[str, Tensor]) -> list[tuple[str, bool]]:
         """Kind of each question of a packed batch, and whether a greedy answer would be right in every token."""
-        names = ("input_ids", "position_ids", "blocks", "local", "global_")
+        names = ("input_ids", "position_ids", "blocks", "local", "lengths", "global_")
         hidden = self._run(*(batch[name] for name in names)).last_hidden_state
         said = self.model.lm_head(hidden[:, :-1]).argmax(-1)  # (batch, length - 1)
         results = []
@@ -61,8 +61,9 @@ class LanguageWithHeads(nn.Module):
                 results.append((kind, bool((said[row][where] == labels[where]).all())))
         return results
 
-    def _run(self, input_ids, position_ids, blocks, local, global_):
-        features = {"local_features": tuple(local.float()), "global_features": global_.float()}
+    def _run(self, input_ids, position_ids, blocks, local, lengths, global_):
+        cut = tuple(tokens[:length].float() for tokens, length in zip(local, lengths.tolist(), strict=True))
+        features = {"local_features": cut, "global_features": global_.float()}
         return self.model.model(
             input_ids=input_ids,
             position_ids=position_ids,
@@ -88,11 +89,10 @@ class LanguageWithHeads(nn.Module):
 def train_language(
     learner: LanguageWithHeads,
     processor,
-    lessons: Mapping[int, Sequence[Lesson]],
-    shares: Mapping[int, float],
+    lessons: Mapping[Group, Sequence[Lesson]],
+    plan: Plan,
     folder: Path,
     *,
-    steps: int,
     learning_rate: float = 1.5e-3,
     seed: int = 0,
     **options,
@@ -100,7 +100,7 @@ def train_language(
     """Trains projector and LLM in place, or loads what an earlier call trained.
 
     Args:
-        lessons: length of the videos in frames -> lessons; `shares`: how often each length comes.
+        lessons: group -> lessons; `plan`: (steps, group -> how often it comes), one after the other.
         folder: keeps checkpoints, and at the end the weights.
         options: of `Lessons`.
     """
@@ -108,13 +108,13 @@ def train_language(
     if done.exists():
         learner.load_state_dict(torch.load(done, weights_only=True))
         return
-    dataset = Lessons(lessons, shares, PromptMaker(processor), seed=seed + steps_done(folder), **options)
+    dataset = Lessons(lessons, plan, PromptMaker(processor), first_step=steps_done(folder), seed=seed, **options)
     fit(
         learner,
         dataset,
         unwrap,
         folder,
-        max_steps=steps,
+        max_steps=sum(steps for steps, _ in plan),
         learning_rate=learning_rate,
         per_device_train_batch_size=1,
         seed=seed,

@@ -8,18 +8,22 @@ question by itself.
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import IterableDataset
 
 from longvlm.evaluation.storyline import KINDS, Question, Story, make_questions, make_story, story_seed
 from longvlm.training.tiny.segment_truth import segment_truth
 
 TOKENS_A_STEP = 2000  # of video, in all stories of a step
+MOST_STORIES = 32
 IGNORED = -100
+Group = int | str
+Plan = Sequence[tuple[int, Mapping[Group, float]]]
 
 
 @dataclass
@@ -60,50 +64,102 @@ class PromptMaker:
 
 
 def make_lesson(story: Story, features, prompts: PromptMaker, *, num_frames: int, frames_per_segment: int,
-                per_kind: int, kinds: Sequence[str] = KINDS) -> Lesson:  # fmt: skip
+                per_kind: int) -> Lesson:  # fmt: skip
     return Lesson(
         features.local_features.half(),
         features.global_features.half(),
         segment_truth(story, num_frames, frames_per_segment),
-        prompts.questions(make_questions(story, kinds=kinds, per_kind=per_kind)),
+        prompts.questions(make_questions(story, per_kind=per_kind)),
     )
 
 
+def make_windows(story: Story, features, prompts: PromptMaker, *, num_frames: int, frames_per_segment: int,
+                 per_kind: int, most_events: int, dice: np.random.Generator) -> list[Lesson]:  # fmt: skip
+    """The story cut into pieces of 1 to `most_events` events, from gap to gap, as lessons of their own."""
+    lessons, first = [], 0
+    kinds = [kind for kind in KINDS if kind != "scene"]  # the global tokens are the whole video's
+    length = story.duration * frames_per_segment / num_frames  # of a segment
+    tokens = len(features.local_features) // (num_frames // frames_per_segment)
+    while first < len(story.events):
+        last = min(first + int(dice.integers(1, most_events + 1)), len(story.events)) - 1
+        start = int(story.events[first].start / length) if first else 0
+        end = (
+            int(np.ceil(story.events[last].end / length))
+            if last + 1 < len(story.events)
+            else num_frames // frames_per_segment
+        )
+        piece = replace(
+            story,
+            duration=(end - start) * length,
+            events=tuple(
+                replace(event, start=event.start - start * length, end=event.end - start * length)
+                for event in story.events[first : last + 1]
+            ),
+            scenes=tuple(
+                replace(scene, start=scene.start - start * length, end=scene.end - start * length)
+                for scene in story.scenes
+            ),
+        )
+        lessons.append(
+            Lesson(
+                features.local_features[start * tokens : end * tokens].half(),
+                features.global_features.half(),
+                segment_truth(piece, (end - start) * frames_per_segment, frames_per_segment),
+                prompts.questions(make_questions(piece, kinds=kinds, per_kind=per_kind)),
+            )
+        )
+        first = last + 1
+    return lessons
+
+
 class Lessons(IterableDataset):
-    """Endless batches; stories of one length together, fewer of the long ones.
+    """Endless batches of lessons of one group.
 
     Args:
-        lessons: length in frames -> lessons; `shares`: how often each length comes.
+        lessons: group (a length in frames, or windows) -> its lessons.
+        plan: (steps, group -> how often it comes), one after the other; the last goes on for ever.
+        first_step: where in the plan to begin, after an interruption.
+        num_questions: about each story.
         weights: kind of question -> how often it is asked for, in proportion.
         tokens_a_step: tokens of video in a step, which says how many stories it takes; or `stories_a_step`.
         spread: the part of the batches whose segments lie at random positions, up to `max_position`: so that positions
             of long videos are known before the videos are.
     """
 
-    def __init__(self, lessons: Mapping[int, Sequence[Lesson]], shares: Mapping[int, float], prompts: PromptMaker, *,
-                 num_questions: int = 14, weights: Mapping[str, float] | None = None, spread: float = 0.0,
-                 max_position: int = 1100, tokens_a_step: int = TOKENS_A_STEP, stories_a_step: int | None = None,
-                 seed: int = 0):  # fmt: skip
-        self.lessons, self.shares, self.prompts = lessons, shares, prompts
+    def __init__(self, lessons: Mapping[Group, Sequence[Lesson]], plan: Plan, prompts: PromptMaker, *,
+                 first_step: int = 0, num_questions: int = 14, weights: Mapping[str, float] | None = None,
+                 spread: float = 0.0, max_position: int = 1100, tokens_a_step: int = TOKENS_A_STEP,
+                 stories_a_step: int | None = None, seed: int = 0):  # fmt: skip
+        self.lessons, self.plan, self.prompts, self.first_step = lessons, plan, prompts, first_step
         self.num_questions, self.weights = num_questions, weights or {}
         self.spread, self.max_position, self.seed = spread, max_position, seed
         self.tokens_a_step, self.stories_a_step = tokens_a_step, stories_a_step
 
     def __iter__(self) -> Iterator[list]:
-        dice = np.random.default_rng(self.seed)
-        lengths = sorted(self.lessons)
-        chances = np.array([self.shares[length] for length in lengths], float)
-        orders: defaultdict[int, list[int]] = defaultdict(list)
+        dice = np.random.default_rng([self.seed, self.first_step])
+        orders: defaultdict[Group, list[int]] = defaultdict(list)
+        sizes = {group: np.mean([len(one.local) for one in there]) for group, there in self.lessons.items()}
+        step = self.first_step
         while True:
-            length = int(dice.choice(lengths, p=chances / chances.sum()))
-            there = self.lessons[length]
-            count = self.stories_a_step or max(1, round(self.tokens_a_step / len(there[0].local)))
-            while len(orders[length]) < count:
-                orders[length] += dice.permutation(len(there)).tolist()
-            batch = [there[orders[length].pop()] for _ in range(count)]
+            shares = self._shares(step)
+            chances = np.array(list(shares.values()), float)
+            group = list(shares)[dice.choice(len(chances), p=chances / chances.sum())]
+            there = self.lessons[group]
+            count = self.stories_a_step or int(np.clip(round(self.tokens_a_step / sizes[group]), 1, MOST_STORIES))
+            while len(orders[group]) < count:
+                orders[group] += dice.permutation(len(there)).tolist()
+            batch = [there[orders[group].pop()] for _ in range(count)]
             picked = [self._pick(lesson, dice) for lesson in batch]
             room = self.max_position if dice.random() < self.spread else 0
             yield [pack(batch, picked, self.prompts, [self._gaps(lesson, room, dice) for lesson in batch])]
+            step += 1
+
+    def _shares(self, step: int) -> Mapping[Group, float]:
+        for steps, shares in self.plan:
+            if step < steps:
+                return shares
+            step -= steps
+        return self.plan[-1][1]
 
     def _pick(self, lesson: Lesson, dice) -> list[tuple[str, list[int], int]]:
         chances = np.array([self.weights.get(kind, 1.0) for kind, _, _ in lesson.questions])
@@ -125,26 +181,26 @@ class Lessons(IterableDataset):
 
 
 def pack(lessons: Sequence[Lesson], questions: Sequence[list], prompts: PromptMaker, gaps=None) -> dict[str, Tensor]:
-    """Lessons of one length as a batch.
+    """Lessons as a batch.
 
     Returns:
         `input_ids`, `position_ids`, `blocks`, `labels`, `kinds`, all `(batch, length)` int64. `blocks`: 0 the video,
         then 1, 2, ... the questions, -1 padding. `kinds`: of the label, -1 elsewhere. `local` `(batch, L, d)`,
-        `global_` `(batch, E, d)`; `segment_ends` `(batch, segments)`: places of the segments' last tokens; `truth`.
+        padded, and `lengths` `(batch,)`; `global_` `(batch, E, d)`; `segment_ends` `(batch, segments)`: places of the
+        segments' last tokens; `truth` `(batch, segments, heads)`, -100 in padding.
     """
-    local, global_ = (torch.stack([getattr(one, name) for one in lessons]) for name in ("local", "global_"))
-    prefix = prompts.prefix(global_.shape[1] + local.shape[1])
-    segments = lessons[0].truth.shape[0]
-    # The last segment may be short: the others have all the same number of tokens.
-    per_segment = -(-local.shape[1] // max(segments, 1))
-    first_local = len(prefix) - 1 - local.shape[1]
-    ends = torch.arange(1, segments + 1).mul(per_segment).clamp(max=local.shape[1]) - 1 + first_local
     fill = {"input_ids": 0, "position_ids": 0, "blocks": -1, "labels": IGNORED, "kinds": -1}
     rows: dict[str, list[list[int]]] = {name: [] for name in fill}
-    for number, asked in enumerate(questions):
+    ends = []
+    for number, (lesson, asked) in enumerate(zip(lessons, questions, strict=True)):
+        prefix = prompts.prefix(len(lesson.global_) + len(lesson.local))
+        segments, first_local = len(lesson.truth), len(prefix) - 1 - len(lesson.local)
+        # The last segment may be short: the others have all the same number of tokens.
+        per_segment = -(-len(lesson.local) // max(segments, 1))
+        starts = np.minimum(np.arange(segments + 1) * per_segment + first_local, len(prefix) - 1)
+        ends.append(torch.from_numpy(starts[1:] - 1))
         positions = np.arange(len(prefix))
         if gaps is not None:
-            starts = np.minimum(np.arange(segments + 1) * per_segment + first_local, len(prefix) - 1)
             for start, gap in zip(starts, gaps[number], strict=True):
                 positions[start:] += gap
         row = {
@@ -169,8 +225,14 @@ def pack(lessons: Sequence[Lesson], questions: Sequence[list], prompts: PromptMa
         name: torch.tensor([row + [fill[name]] * (length - len(row)) for row in values])
         for name, values in rows.items()
     }
-    truth = torch.stack([one.truth for one in lessons])
-    return {**batch, "local": local, "global_": global_, "segment_ends": ends.expand(len(lessons), -1), "truth": truth}
+    return {
+        **batch,
+        "local": pad_sequence([one.local for one in lessons], batch_first=True),
+        "lengths": torch.tensor([len(one.local) for one in lessons]),
+        "global_": torch.stack([one.global_ for one in lessons]),
+        "segment_ends": pad_sequence(ends, batch_first=True),
+        "truth": pad_sequence([one.truth for one in lessons], batch_first=True, padding_value=IGNORED),
+    }
 
 
 def unwrap(items: list) -> dict[str, Tensor]:
@@ -189,15 +251,32 @@ def block_mask(blocks: Tensor) -> Tensor:
 
 
 def load_lessons(reader, processor, *, split: str, frames_per_segment: int, per_kind: int,
-                 kinds: Sequence[str] = KINDS) -> dict[int, list[Lesson]]:  # fmt: skip
-    """Lessons of all stories whose features are there, by their number of frames."""
+                 windows: Sequence[int] = ()) -> dict[Group, list[Lesson]]:  # fmt: skip
+    """
+    Lessons of all stories whose features are there.
+
+    Args:
+        reader: name of the video (`story_features.video_name`) -> its features.
+        windows: also cut them into pieces of at most so many events; the group is then called "up to 2 events".
+
+    Returns:
+        Number of frames, or name of the windows -> lessons.
+    """
     prompts, lessons = PromptMaker(processor), defaultdict(list)
     for name in reader:
         its_split, index, num_frames = name.split("/")
-        if its_split == split:
-            story = make_story(story_seed(split, int(index)))
-            lessons[int(num_frames)].append(
-                make_lesson(story, reader[name], prompts, num_frames=int(num_frames),
-                            frames_per_segment=frames_per_segment, per_kind=per_kind, kinds=kinds)
-            )  # fmt: skip
+        if its_split != split:
+            continue
+        story, features = make_story(story_seed(split, int(index))), reader[name]
+        options = {"num_frames": int(num_frames), "frames_per_segment": frames_per_segment, "per_kind": per_kind}
+        lessons[int(num_frames)].append(make_lesson(story, features, prompts, **options))
+        for most in windows:
+            dice = np.random.default_rng([int(index), most])
+            fewer = {**options, "per_kind": max(1, per_kind // 2)}
+            pieces = make_windows(story, features, prompts, **fewer, most_events=most, dice=dice)
+            lessons[window_group(most)] += [piece for piece in pieces if piece.questions]
     return dict(lessons)
+
+
+def window_group(most_events: int) -> str:
+    return f"up to {most_events} events"

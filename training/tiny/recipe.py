@@ -62,17 +62,17 @@ def _texts(num_stories: int) -> Iterable[str]:
             yield f" {' '.join(question.choices)}"
 
 
-def make_config(vision: CLIPVisionModel, tokenizer, **method) -> LongVLMConfig:
-    """The method's settings: 100 frames are 25 segments of 4 tokens, and E = 2 global ones."""
+def make_config(vision: CLIPVisionModel, tokenizer, *, width: int = 192, **method) -> LongVLMConfig:
+    """The method's settings: 100 frames are 25 segments of 4 tokens, and E = 2 global ones. `width`: of the LLM."""
     ids = dict(zip(("video_token_id", "video_start_token_id", "video_end_token_id"),
                    tokenizer.convert_tokens_to_ids(list(VIDEO_TOKENS)), strict=True))  # fmt: skip
     text = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=192,
-        intermediate_size=512,
+        hidden_size=width,
+        intermediate_size=width * 8 // 3,
         num_hidden_layers=6,
-        num_attention_heads=6,
-        num_key_value_heads=6,
+        num_attention_heads=width // 32,
+        num_key_value_heads=width // 32,
         max_position_embeddings=4096,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,

@@ -16,6 +16,7 @@ pytestmark = pytest.mark.slow
 
 SMALL = {
     "stories": 60,
+    "frames": 40,
     "test-stories": 1,
     "projector-steps": 30,
     "tale-steps": 3,
@@ -55,7 +56,7 @@ def test_thirty_steps_lower_the_loss(ran):
     losses = [loss for _, loss in results(ran[0])["stages"]["projector"]["losses"]]
     assert len(losses) == 30
     first, last = sum(losses[:5]) / 5, sum(losses[-5:]) / 5
-    assert last < 0.75 * first, losses
+    assert last < 0.85 * first, losses
 
 
 def test_lora_starts_where_the_projector_ended(ran):

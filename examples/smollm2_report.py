@@ -29,7 +29,7 @@ The encoder stays as it is.
 A video is {frames} frames, which are {video_tokens} tokens. Rows are about {stories:,} stories of split train:
 {tales:,} stories to be told ("{example}"),
 and {questions:,} questions of all kinds, each alone with its video. The projector, and LoRA at first, learn to tell
-stories: that is some fifty tokens to learn from, where an answer is two or three. No story of the test split is
+stories: that is some thirty tokens to learn from, where an answer is two or three. No story of the test split is
 trained on, nor any combination of colour, shape and action that it has.
 
 Mean loss over the first and the last tenth of each training: {losses}.

@@ -6,7 +6,7 @@ SmolLM2-135M-Instruct and the encoder of longvlm-tiny are assembled, Storyline's
 projector is trained, then LoRA adapters with it; each question about stories of the test split is asked alone. Every
 stage keeps what it made in `--out`: the same command goes on where it was stopped, in training at the last checkpoint.
 
-A question's answer is two or three tokens to learn from, a whole story is fifty. So the projector, and LoRA at first,
+A question's answer is two or three tokens to learn from, a whole story is thirty. So the projector, and LoRA at first,
 learn to tell stories; only then LoRA learns to answer.
 """
 

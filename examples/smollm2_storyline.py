@@ -303,7 +303,7 @@ def main(arguments: list[str] | None = None) -> None:
     logging.set_verbosity_error()
     try:
         results = run(options)
-    except (ValueError, RealDataUnavailable) as error:
+    except (ValueError, OSError, RealDataUnavailable) as error:
         sys.exit(f"smollm2_storyline: {error}")
     text = page(results)
     if options.report:

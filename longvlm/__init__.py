@@ -2,6 +2,7 @@
 
 `import longvlm` makes transformers know the model: `AutoConfig`, `AutoModel`, `AutoModelForImageTextToText`,
 `AutoModelForMultimodalLM`, `AutoProcessor`, `AutoVideoProcessor` and `pipeline("video-question-answering")`.
+`longvlm.tiny_checkpoint()` is the folder of a small trained checkpoint that comes with the package.
 The code itself lies in the packages `longvlm.modeling_longvlm`, `longvlm.processing` and `longvlm.conversion`.
 """
 
@@ -14,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 _parent = _Path(__file__).resolve().parent.parent
 if (_parent / "modeling_longvlm").is_dir() and (_parent / "pyproject.toml").is_file():
     __path__.append(str(_parent))
+
+from longvlm.bundled import tiny_checkpoint  # noqa: E402  (needs neither torch nor transformers)
 
 __version__ = "0.1.0"
 
@@ -35,6 +38,7 @@ __all__ = [
     "VideoDecodeError",
     "VideoQuestionAnsweringPipeline",
     "merge_tokens",
+    "tiny_checkpoint",
 ]
 
 

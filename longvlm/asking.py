@@ -78,8 +78,6 @@ def ask(
     logging.set_verbosity_error()
     hub_logging.set_verbosity_error()  # retries, one by one
     logging.disable_progress_bar()
-    if not quiet:
-        print(f"loading {model}", file=err, flush=True)
     pipe = load_pipeline(model, dtype=dtype, device=device)
     untrained = getattr(pipe.model.config, "untrained_parts", None)
     if untrained:

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 import longvlm
+from longvlm.bundled import NOTE
 from longvlm.convert_commands import convert
 from longvlm.publish_command import publish_command
 from longvlm.train_commands import extract_command, train_command
@@ -29,6 +30,7 @@ app.command("publish")(publish_command)
 app.command("extract")(extract_command)
 app.command("train", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(train_command)
 
+MODEL_HELP = "Checkpoint folder or Hub id; default: longvlm-tiny, which knows only Storyline's synthetic videos."
 DTYPE_HELP = "float32, bfloat16, float16, or auto: as saved."
 
 
@@ -82,9 +84,7 @@ def ask_command(
     questions: Annotated[
         list[str], typer.Argument(metavar="QUESTION...", help="One or more; - reads them from stdin, one a line.")
     ],
-    model: Annotated[
-        str | None, typer.Option("--model", "-m", envvar="LONGVLM_MODEL", help="Checkpoint folder or Hub id.")
-    ] = None,
+    model: Annotated[str | None, typer.Option("--model", "-m", envvar="LONGVLM_MODEL", help=MODEL_HELP)] = None,
     num_frames: Annotated[int | None, typer.Option(help="Frames taken from the whole video.")] = None,
     fps: Annotated[float | None, typer.Option(help="Instead: frames taken per second.")] = None,
     max_frames: Annotated[int | None, typer.Option(min=1, help="With --fps: at most so many.")] = None,
@@ -98,10 +98,9 @@ def ask_command(
     system: Annotated[str | None, typer.Option(help="System message, instead of the model's own.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object per question, one a line.")] = False,
     stream: Annotated[bool, typer.Option("--stream", help="Print the answer while it is made.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr; warnings stay.")] = False,
 ) -> None:
     """Ask questions about a video; the answers go to stdout."""
-    model = _required(model)
     if as_json and stream:
         raise ValueError("--json and --stream exclude each other")
     if num_frames is not None and fps is not None:
@@ -112,6 +111,7 @@ def ask_command(
         raise ValueError(f"--top-p {top_p} needs --temperature above 0")
 
     _check_exists(video)
+    model = _chosen(model, quiet=quiet)
     from longvlm.asking import ask, show_warnings_in_one_line
 
     show_warnings_in_one_line(sys.stderr)
@@ -142,17 +142,15 @@ def ask_command(
 def inspect_command(
     video: Annotated[str, typer.Argument(metavar="VIDEO", help="File, URL, or folder of pictures.")],
     out: Annotated[Path, typer.Option(help="PNG file to write.")],
-    model: Annotated[
-        str | None, typer.Option("--model", "-m", envvar="LONGVLM_MODEL", help="Checkpoint folder or Hub id.")
-    ] = None,
+    model: Annotated[str | None, typer.Option("--model", "-m", envvar="LONGVLM_MODEL", help=MODEL_HELP)] = None,
     num_frames: Annotated[int | None, typer.Option(min=1, help="Frames taken from the whole video.")] = None,
     segments: Annotated[int, typer.Option(min=1, help="Segments shown, evenly chosen.")] = 6,
     frames: Annotated[int, typer.Option(min=1, help="Frames shown of each.")] = 5,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; default: the accelerator.")] = None,
 ) -> None:
     """Draw how the patches of a video are merged into tokens."""
-    model = _required(model)
     _check_exists(video)
+    model = _chosen(model, quiet=True)
     from transformers.utils import logging
 
     from longvlm.asking import show_warnings_in_one_line
@@ -247,12 +245,16 @@ def assemble_command(
     print(folder)
 
 
-def _required(model: str | None) -> str:
+def _chosen(model: str | None, *, quiet: bool) -> str:
+    """The model, longvlm-tiny if none is named; says which before the seconds that loading takes.
+
+    That it is longvlm-tiny is said under --quiet, too: answers about a video that it does not know look like others.
+    """
     if model is None:
-        raise ValueError(
-            "which model? No trained LongVLM is published yet: give --model DIR (or LONGVLM_MODEL), "
-            "made with `longvlm assemble`"
-        )
+        model = str(longvlm.tiny_checkpoint())
+        print(NOTE, file=sys.stderr, flush=True)
+    elif not quiet:
+        print(f"loading {model}", file=sys.stderr, flush=True)
     return model
 
 

@@ -142,6 +142,48 @@ def test_model_that_repeats_one_token_is_noticed(longvlm, video, tmp_path):
 
 
 @pytest.fixture
+def bundled(monkeypatch, checkpoint):
+    """Another checkpoint in the place of longvlm-tiny: what is promised here holds for any."""
+    monkeypatch.delenv("LONGVLM_MODEL", raising=False)
+    monkeypatch.setattr("longvlm.bundled._FOLDER", Path(checkpoint))
+
+
+def test_without_a_model_the_bundled_one_answers_and_one_line_says_what_it_knows(longvlm, bundled, checkpoint, video):
+    _, expected, _ = longvlm("ask", video, "Who?", "Where?", "--model", checkpoint, "--quiet", *SHORT)
+    code, out, err = longvlm("ask", video, "Who?", "Where?", *SHORT)
+    assert (code, out) == (0, expected)
+    said = [line for line in err.splitlines() if line.startswith(("longvlm:", "loading"))]
+    assert len(said) == 1 and "longvlm-tiny" in said[0] and "synthetic Storyline" in said[0] and "--model" in said[0]
+    # A warning, not progress: --quiet leaves it, and nothing else.
+    assert longvlm("ask", video, "Who?", "Where?", "--quiet", *SHORT) == (0, expected, said[0] + "\n")
+
+
+def test_a_model_that_is_named_is_not_warned_of(longvlm, bundled, checkpoint, video, monkeypatch):
+    assert "longvlm-tiny" not in longvlm("ask", video, "Who?", "--model", checkpoint, *SHORT)[2]
+    monkeypatch.setenv("LONGVLM_MODEL", checkpoint)
+    assert "longvlm-tiny" not in longvlm("ask", video, "Who?", *SHORT)[2]
+
+
+def test_inspect_without_a_model_takes_the_bundled_one(longvlm, bundled, video, tmp_path):
+    code, out, err = longvlm("inspect", video, "--out", tmp_path / "tokens.png")
+    assert code == 0 and out == f"{tmp_path / 'tokens.png'}\n" and (tmp_path / "tokens.png").stat().st_size > 1000
+    assert [line for line in err.splitlines() if "longvlm-tiny" in line] == [err.splitlines()[0]]
+
+
+@pytest.mark.parametrize("left", [(), ("config.json",), ("model.safetensors",)], ids=str)
+def test_an_installation_without_the_bundled_model_says_what_to_do(
+    longvlm, bundled, video, tmp_path, monkeypatch, left
+):
+    for name in left:
+        (tmp_path / name).touch()
+    monkeypatch.setattr("longvlm.bundled._FOLDER", tmp_path)
+    code, out, err = longvlm("ask", video, "Who?")
+    assert (code, out) == (2, "") and err.count("\n") == 1
+    assert err.startswith("longvlm: error: longvlm-tiny") and str(tmp_path) in err
+    assert "install longvlm again" in err and "another model" in err
+
+
+@pytest.fixture
 def bad(tmp_path, checkpoint, video):
     """What stands for the words in capitals in the cases below."""
     (tmp_path / "text.mp4").write_text("no video\n" * 100)
@@ -158,7 +200,6 @@ def bad(tmp_path, checkpoint, video):
         ("ask TMP/text.mp4 Who? --model MODEL", "text.mp4"),
         ("ask TMP/empty.mp4 Who? --model MODEL", "empty.mp4"),
         ("ask TMP/no_pictures Who? --model MODEL", "no_pictures"),
-        ("ask VIDEO Who?", "--model"),
         ("ask VIDEO Who? --model TMP/nothing", "nothing"),
         ("ask VIDEO Who? --model TMP/no_pictures", "config.json"),
         ("ask VIDEO Who? --model TMP/llm", "llama"),
@@ -172,6 +213,8 @@ def bad(tmp_path, checkpoint, video):
         ("ask VIDEO Who? --model MODEL --top-p 0.5", "--temperature"),
         ("ask VIDEO Who? --model MODEL --max-new-tokens 0", "--max-new-tokens"),
         ("ask VIDEO Who? --model MODEL --colour", "--colour"),
+        ("extract VIDEO --out TMP/features", "--model"),
+        ("publish --repo-id me/it", "FOLDER"),
         ("assemble --language TMP/llm --out TMP/out", "vision"),
         ("assemble --language TMP/nothing.gguf --vision-config TMP/v.json --out TMP/out", "nothing.gguf"),
         ("assemble --language TMP/llm --vision TMP/llm --out TMP/out", "not a vision encoder"),

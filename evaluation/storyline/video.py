@@ -5,8 +5,9 @@ import tempfile
 from fractions import Fraction
 from pathlib import Path
 
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
+from .questions import DOES
 from .render import Renderer, iter_frames
 from .story import Story
 
@@ -54,34 +55,40 @@ def write_video(story: Story, path, fps: float = 10, size: int = 64, *, crf: int
 def contact_sheet(story: Story, path=None, *, pictures_per_event: int = 5, size: int = 128) -> Image.Image:
     """A row for each event: its pictures in order, with times, and in words what happens. Saved as `path`, if given.
 
-    The first row shows the scenes: a moment from each, without regard to events.
+    The first row shows the backgrounds: the middle of each, without regard to events.
     """
-    renderer = Renderer(story, size)
-    rows: list[tuple[str, list[float]]] = []
-    shares = ", ".join(f"{kind} {share:.0%}" for kind, share in story.scene_shares().items())
-    middles = [(scene.start + scene.end) / 2 for scene in story.scenes]
-    rows.append((f"{story.split} story {story.seed}, {story.duration:g} s; scenes: {shares}", middles))
+    title = f"A story of split {story.split} (seed {story.seed}): {len(story.events)} events in {story.duration:g} s"
+    legend = "A row is an event, from left to right. Small grey dots and bars drift about and mean nothing."
+    shares = ", ".join(f"{kind} for {share:.0%} of the video" for kind, share in story.scene_shares().items())
+    middles = [((scene.start + scene.end) / 2, f": {scene.kind}") for scene in story.scenes]
+    rows: list[tuple[str, list[tuple[float, str]]]] = [(f"Behind the objects: {shares}", middles)]
     for number, event in enumerate(story.events, start=1):
         length = event.end - event.start
         times = [event.start + (step + 0.5) / pictures_per_event * length for step in range(pictures_per_event)]
-        rows.append(
-            (f"{number}. {event.size} {event.object}: {event.action} ({event.start:g} to {event.end:g} s)", times)
-        )
+        what = f"{number}. A {event.size} {event.object} {DOES[event.action]}, {event.start:.1f} to {event.end:.1f} s"
+        rows.append((what, [(time, "") for time in times]))
 
-    gap, line = 6, 16
-    width = max(gap + (size + gap) * max(len(times) for _, times in rows), 420)
-    height = gap + len(rows) * (line + size + line + gap)
-    sheet = Image.new("RGB", (width, height), "white")
+    gap, line, header = 6, 16, 46
+    most = max(len(times) for _, times in rows)
+    texts = [legend, *(caption for caption, _ in rows)]
+    width = max(gap + (size + gap) * most, *(2 * gap + _length(text) for text in texts))
+    row_height = line + size + line + gap
+    sheet = Image.new("RGB", (width, header + len(rows) * row_height), "white")
     pen = ImageDraw.Draw(sheet)
-    top = gap
-    for caption, times in rows:
+    pen.text((gap, gap), title, fill="black", font_size=14)
+    pen.text((gap, gap + 18), legend, fill="dimgrey", font_size=12)
+    renderer = Renderer(story, size)
+    for top, (caption, times) in zip(range(header, sheet.height, row_height), rows, strict=True):
         pen.text((gap, top), caption, fill="black", font_size=12)
-        for column, time in enumerate(times):
+        for column, (time, name) in enumerate(times):
             left = gap + column * (size + gap)
             sheet.paste(Image.fromarray(renderer.frame_at(time)), (left, top + line))
-            pen.text((left, top + line + size), f"{time:.1f} s", fill="black", font_size=11)
-        top += line + size + line + gap
+            pen.text((left, top + line + size), f"{time:.1f} s{name}", fill="dimgrey", font_size=11)
     if path is not None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         sheet.save(path)
     return sheet
+
+
+def _length(text: str) -> int:
+    return round(ImageFont.load_default(12).getlength(text))

@@ -1,4 +1,4 @@
-# make demo   sets up, then asks a question about a real video
+# make demo   sets up, makes a video, asks longvlm-tiny about it and shows the answers next to the truth
 # make test   sets up, then runs the tests (SLOW=1: also those that take long, as CI does)
 
 PYTHON ?= python3
@@ -9,11 +9,11 @@ FLOOR  := 5.17
 OLD    := $(CURDIR)/.cache/transformers-$(FLOOR)
 PYTEST  = $(BIN)/python -m pytest $(if $(SLOW),--slow) $(ARGS)
 
-.PHONY: help setup demo test test-floor test-newest test-matrix lint style types bench smollm2 clean
+.PHONY: help setup demo test test-floor test-newest test-matrix lint style types bench smollm2 tiny ablations clean
 
 help:
 	@sed -n 's/^# make /make /p' Makefile
-	@echo "also: make lint | style | test-matrix | bench | smollm2 | clean"
+	@echo "also: make lint | style | test-matrix | bench | tiny | ablations | smollm2 | clean"
 
 setup: $(STAMP)
 

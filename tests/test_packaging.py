@@ -29,6 +29,7 @@ MODULES = {
     "longvlm/evaluation/metrics": "evaluation/metrics",
     "longvlm/evaluation/metrics/longvlm_qa": "evaluation/metrics/longvlm_qa",
 }
+TINY = ROOT / "longvlm" / "longvlm-tiny"
 CARD = "longvlm/evaluation/storyline/dataset_card.md"
 IMPORT_ALL = """
 import importlib, sys
@@ -97,9 +98,22 @@ def test_wheel_holds_every_module_and_nothing_else(wheel):
     expected = {
         f"{package}/{file.name}" for package, folder in MODULES.items() for file in (ROOT / folder).glob("*.py")
     }
-    assert names == expected | {"longvlm/py.typed", "longvlm/hub_card.md", CARD}
+    data = {f"longvlm/{TINY.name}/{file.name}" for file in TINY.glob("*") if file.is_file()}
+    assert names == expected | data | {"longvlm/py.typed", "longvlm/hub_card.md", CARD}
     assert "License-Expression: Apache-2.0" in metadata and licences
     assert "longvlm = longvlm.cli:main" in entry_points
+
+
+def test_wheel_holds_the_small_checkpoint_whole(wheel):
+    import longvlm
+
+    folder = longvlm.tiny_checkpoint()
+    assert folder == TINY
+    with zipfile.ZipFile(wheel) as archive:
+        for file in folder.iterdir():
+            if file.is_file():
+                assert archive.read(f"longvlm/{TINY.name}/{file.name}") == file.read_bytes(), file.name
+    assert sum(file.stat().st_size for file in folder.glob("*.safetensors")) <= 15e6
 
 
 def test_no_two_files_that_travel_to_the_hub_share_a_name():
@@ -159,7 +173,8 @@ def test_sdist_in_a_clean_environment(tmp_path):
     sdist = out / run(sys.executable, "-c", BUILD, "build_sdist", out, cwd=project).splitlines()[-1]
     with tarfile.open(sdist) as archive:
         inside = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
-    assert {"modeling_longvlm/modeling_longvlm.py", "LICENSE", "pyproject.toml", "hub_card.md"} <= inside
+    tiny = {f"longvlm/{TINY.name}/{file.name}" for file in TINY.iterdir() if file.is_file()}
+    assert {"modeling_longvlm/modeling_longvlm.py", "LICENSE", "pyproject.toml", "hub_card.md"} | tiny <= inside
     python = make_environment(tmp_path / "clean")
     install(python, sdist)
     check_installed(python, project)
@@ -167,13 +182,12 @@ def test_sdist_in_a_clean_environment(tmp_path):
 
 @pytest.mark.slow
 def test_installed_command_asks_about_a_video(wheel, tmp_path):
-    from tests.tiny_models import save_tiny_longvlm, write_video
+    from tests.tiny_models import write_video
 
     python = make_environment(tmp_path / "clean")
     install(python, wheel)
-    model, video = save_tiny_longvlm(tmp_path / "model"), write_video(tmp_path / "video.mp4")
-    command = python.parent / "longvlm"
-    answer = run(command, "ask", video, "What moves?", "--model", model, "--max-new-tokens", 4, cwd=tmp_path)
+    video, command = write_video(tmp_path / "video.mp4"), python.parent / "longvlm"
+    answer = run(command, "ask", video, "What is the first object?", "--max-new-tokens", 4, cwd=tmp_path)
     assert answer.strip()
 
 

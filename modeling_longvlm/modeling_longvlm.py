@@ -139,14 +139,24 @@ class LongVLMPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     _skip_keys_device_placement = ["past_key_values", "cache", "video_features"]  # noqa: RUF012
 
+    def post_init(self):
+        super().post_init()
+        # CLIP's list also names parts of its text model; FSDP's wrapping fails at a name that is not in the model.
+        there = {type(module).__name__ for module in self.modules()}
+        self._no_split_modules = self._no_split_modules & there
+
     def save_pretrained(self, save_directory, **kwargs):
         """As in transformers; the configuration also names the code and the pipeline that come with the weights."""
         had = {name: getattr(self.config, name, None) for name in ("auto_map", "custom_pipelines")}
         self.config.auto_map = dict(AUTO_MAP)
         self.config.custom_pipelines = CUSTOM_PIPELINES
+        # FSDP derives a class in torch from each sharded model's; the code to be saved is where ours is.
+        kind = type(self)
+        self.__class__ = next(base for base in kind.__mro__ if not base.__module__.startswith("torch."))
         try:
             super().save_pretrained(save_directory, **kwargs)
         finally:
+            self.__class__ = kind
             for name, value in had.items():
                 if value is None:
                     delattr(self.config, name)

@@ -71,8 +71,9 @@ class LongVLMTrainer(Trainer):
         has_video = "pixel_values_videos" in inputs or "video_features" in inputs
         inputs = {**inputs, "use_cache": False}  # each batch is read once
         loss, rest = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
-        if model.training:
+        if model.training and not self.is_fsdp_enabled:
             # A part that a batch does not use still has to have a gradient, of 0: processes wait for each other's.
+            # (FSDP does not wait for those, and its shards do not mix with a plain loss.)
             idle = [
                 parameter.sum() * 0.0
                 for name, parameter in self.model.named_parameters()

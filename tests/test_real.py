@@ -66,6 +66,15 @@ def videos():
     return or_skip(real_videos)
 
 
+def test_real_llm_in_half_precision_passes_the_check_of_its_text(tmp_path):
+    """Rounding alone moves single logits by half a unit there."""
+    (tmp_path / "clip.json").write_text(json.dumps(VISION))
+    parts = ["--language", or_skip(smollm2_gguf), "--vision-config", tmp_path / "clip.json", "--dtype", "bfloat16"]
+    command = [sys.executable, "-m", "longvlm", "assemble", *map(str, parts), "--out", str(tmp_path / "model")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("package", ["with", "without"])
 def test_answers_about_three_real_videos_in_a_fresh_process(checkpoint, videos, package, tmp_path):
     paths = [str(path) for path in videos.values()]

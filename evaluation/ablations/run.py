@@ -13,20 +13,23 @@ import time
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 from transformers import AutoModel, CLIPVisionModel
 from transformers.utils import logging
 
 from longvlm.conversion.feature_shards import FeatureReader, FeatureWriter
 from longvlm.evaluation.ablations.report import write_report
 from longvlm.evaluation.ablations.variants import VARIANTS, Variant, condense, frames_per_token_group
-from longvlm.evaluation.storyline import KINDS
+from longvlm.evaluation.storyline import KINDS, frames_at, middle_times
 from longvlm.training.tiny.language import LanguageWithHeads, train_language
-from longvlm.training.tiny.lessons import PromptMaker, load_lessons, pack
+from longvlm.training.tiny.lessons import Plan, PromptMaker, load_lessons, pack
+from longvlm.training.tiny.pieces import find_pieces
 from longvlm.training.tiny.recipe import make_config, make_model, make_processor, make_tokenizer
-from longvlm.training.tiny.story_features import StoryVideos
-from longvlm.training.tiny.vision import normalised
+from longvlm.training.tiny.story_features import story_of, video_name
+from longvlm.training.tiny.vision import FRAME_SIZE, normalised
 
 NUM_FRAMES = 100
+PIECES = (20, 40)  # frames; every K divides them
 WIDTH = 128  # of the language model: smaller than longvlm-tiny's, for the sake of many runs
 
 
@@ -39,25 +42,38 @@ def tiny_encoder() -> CLIPVisionModel:
 
 @torch.no_grad()
 def encode(vision: CLIPVisionModel, split: str, num_stories: int, folder: Path) -> None:
-    """Every story goes through the encoder once, and is condensed in every way: one folder of features a variant."""
-    videos = StoryVideos(split, range(num_stories), NUM_FRAMES)
+    """Every story goes through the encoder once, and is condensed in every way: one folder of features a variant.
+
+    Of split train, some pieces of few events are condensed as videos of their own as well: to learn from.
+    """
     writers = [
         FeatureWriter(folder / variant.name, num_global_layers=0, metadata={"variant": str(variant)})
         for variant in VARIANTS
     ]
     try:
-        for name in videos:
-            waiting = [pair for pair in zip(VARIANTS, writers, strict=True) if name not in pair[1]]
+        for index in tqdm(range(num_stories), desc=f"Encoding {split}", unit="video", mininterval=10):
+            whole = video_name(split, index, NUM_FRAMES)
+            waiting = [pair for pair in zip(VARIANTS, writers, strict=True) if whole not in pair[1]]
             if not waiting:
                 continue
-            pixels = normalised(torch.from_numpy(videos[name])).to(vision.dtype)
+            story, _ = story_of(whole)
+            frames = frames_at(story, middle_times(story, NUM_FRAMES), size=FRAME_SIZE)
+            pixels = normalised(torch.from_numpy(frames)).to(vision.dtype)
             states = vision(pixel_values=pixels, output_hidden_states=True).hidden_states
             patches = states[-1][:, 1:].float()
             class_tokens = torch.stack([state[:, 0].float() for state in states[1:]])
+            parts = [(0, NUM_FRAMES)]
+            if split == "train":
+                parts += [part for size in PIECES for part in find_pieces(story, NUM_FRAMES, size, 2, index)]
             for variant, writer in waiting:
-                local, global_ = (part.half() for part in condense(variant, patches, class_tokens))
-                # A video without local tokens cannot be stored: its one row is left out when it is read.
-                writer.add(name, local if len(local) else torch.zeros(1, patches.shape[-1]).half(), global_)
+                # The whole one last: where it is, the pieces are.
+                for first, end in parts[::-1]:
+                    name = whole if end - first == NUM_FRAMES else video_name(split, index, NUM_FRAMES, (first, end))
+                    if name not in writer:
+                        local, global_ = condense(variant, patches[first:end], class_tokens[:, first:end])
+                        # A video without local tokens cannot be stored: its one row is left out when it is read.
+                        stored = local if len(local) else torch.zeros(1, patches.shape[-1])
+                        writer.add(name, stored.half(), global_.half())
     finally:
         for writer in writers:
             writer.close()
@@ -70,12 +86,13 @@ class _Stored:
 
 
 def lessons_of(variant: Variant, folder: Path, split: str, processor, per_kind: int):
+    """Number of frames -> lessons."""
     reader = FeatureReader(folder / split / variant.name)
     stored = {name: _Stored(variant, reader[name].local_features, reader[name].memory) for name in reader}
     frames = frames_per_token_group(variant)
-    lessons = load_lessons(stored, processor, split=split, frames_per_segment=frames, per_kind=per_kind)[NUM_FRAMES]
+    lessons = load_lessons(stored, processor, split=split, frames_per_segment=frames, per_kind=per_kind)
     if variant.pooling == "none":
-        for lesson in lessons:
+        for lesson in (lesson for group in lessons.values() for lesson in group):
             lesson.truth = lesson.truth[:0]
     return lessons
 
@@ -90,28 +107,36 @@ def run_one(vision, variant: Variant, seed: int, folder: Path, *, steps: int) ->
                for split in ("train", "test")}  # fmt: skip
     start = time.perf_counter()
     # The same number of stories a step whatever their tokens: the same data in the same order for all.
-    tokens = len(lessons["train"][0].local)
+    whole = lessons["train"][NUM_FRAMES]
     train_language(
-        learner, processor, {NUM_FRAMES: lessons["train"]}, [(steps, {NUM_FRAMES: 1.0})],
+        learner, processor, lessons["train"], plan_of(steps),
         folder / f"{variant.name}-{seed}", seed=seed, num_questions=10, stories_a_step=12,
     )  # fmt: skip
     seconds = time.perf_counter() - start
     prompts, right = PromptMaker(processor), []
     learner.eval()
-    for first in range(0, len(lessons["test"]), 10):
-        some = lessons["test"][first : first + 10]
+    test = lessons["test"][NUM_FRAMES]
+    for some in (test[first : first + 10] for first in range(0, len(test), 10)):
         right += learner.right_answers(pack(some, [one.questions for one in some], prompts))
     by_kind = {kind: [hit for its, hit in right if its == kind] for kind in KINDS}
     return {
         "variant": variant.name,
         "seed": seed,
-        "tokens": tokens + len(lessons["train"][0].global_),
+        "tokens": len(whole[0].local) + len(whole[0].global_),
         "steps": steps,
         "seconds": round(seconds),
         "questions": len(right),
         "accuracy": sum(hit for _, hit in right) / len(right),
         "kinds": {kind: sum(hits) / len(hits) for kind, hits in by_kind.items() if hits},
     }
+
+
+def plan_of(steps: int) -> Plan:
+    """First to see, on whole stories; then to find what a question names, in pieces; then both. As longvlm-tiny."""
+    short, long = PIECES
+    shares = ((0.25, {NUM_FRAMES: 1.0}), (0.2, {short: 1.0}), (0.2, {long: 0.7, short: 0.3}))
+    plan = [(round(share * steps), groups) for share, groups in shares]
+    return [*plan, (steps - sum(done for done, _ in plan), {NUM_FRAMES: 0.75, long: 0.25})]
 
 
 def planned(seeds: int) -> list[tuple[Variant, int]]:
@@ -125,7 +150,7 @@ def main() -> None:
     parser.add_argument("--vision", type=Path, help="folder of a CLIPVisionModel; default: longvlm-tiny's")
     parser.add_argument("--train", type=int, default=600, help="stories to learn from")
     parser.add_argument("--test", type=int, default=200, help="stories to score on")
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--seeds", type=int, default=3, help="of the main rows")
     parser.add_argument("--jobs", type=int, default=2, help="runs beside each other")
     parser.add_argument("--encode-only", action="store_true", help="make the features, and no run")

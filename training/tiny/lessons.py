@@ -8,7 +8,7 @@ question by itself.
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -16,8 +16,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import IterableDataset
 
-from longvlm.evaluation.storyline import KINDS, Question, Story, make_questions, make_story, story_seed
+from longvlm.evaluation.storyline import KINDS, Question, Story, make_questions
+from longvlm.training.tiny.pieces import cut_story, windows_of
 from longvlm.training.tiny.segment_truth import segment_truth
+from longvlm.training.tiny.story_features import story_of
 
 TOKENS_A_STEP = 2000  # of video, in all stories of a step
 MOST_STORIES = 32
@@ -74,41 +76,25 @@ def make_lesson(story: Story, features, prompts: PromptMaker, *, num_frames: int
 
 
 def make_windows(story: Story, features, prompts: PromptMaker, *, num_frames: int, frames_per_segment: int,
-                 per_kind: int, most_events: int, dice: np.random.Generator) -> list[Lesson]:  # fmt: skip
-    """The story cut into pieces of 1 to `most_events` events, from gap to gap, as lessons of their own."""
-    lessons, first = [], 0
-    kinds = [kind for kind in KINDS if kind != "scene"]  # the global tokens are the whole video's
-    length = story.duration * frames_per_segment / num_frames  # of a segment
-    tokens = len(features.local_features) // (num_frames // frames_per_segment)
-    while first < len(story.events):
-        last = min(first + int(dice.integers(1, most_events + 1)), len(story.events)) - 1
-        start = int(story.events[first].start / length) if first else 0
-        end = (
-            int(np.ceil(story.events[last].end / length))
-            if last + 1 < len(story.events)
-            else num_frames // frames_per_segment
+                 per_kind: int, most_events: int) -> list[Lesson]:  # fmt: skip
+    """The story cut into pieces of 1 to `most_events` events, from gap to gap, as lessons of their own.
+
+    Segments do not know of each other, so their features are those of the whole story; but the global tokens are the
+    whole video's, and the scene is not asked for.
+    """
+    lessons, segments = [], num_frames // frames_per_segment
+    kinds = [kind for kind in KINDS if kind != "scene"]
+    tokens = len(features.local_features) // segments
+    for start, end in windows_of(story, segments, most_events, story.seed):
+        piece = cut_story(story, start / segments * story.duration, end / segments * story.duration)
+        lesson = Lesson(
+            features.local_features[start * tokens : end * tokens].half(),
+            features.global_features.half(),
+            segment_truth(piece, (end - start) * frames_per_segment, frames_per_segment),
+            prompts.questions(make_questions(piece, kinds=kinds, per_kind=per_kind)),
         )
-        piece = replace(
-            story,
-            duration=(end - start) * length,
-            events=tuple(
-                replace(event, start=event.start - start * length, end=event.end - start * length)
-                for event in story.events[first : last + 1]
-            ),
-            scenes=tuple(
-                replace(scene, start=scene.start - start * length, end=scene.end - start * length)
-                for scene in story.scenes
-            ),
-        )
-        lessons.append(
-            Lesson(
-                features.local_features[start * tokens : end * tokens].half(),
-                features.global_features.half(),
-                segment_truth(piece, (end - start) * frames_per_segment, frames_per_segment),
-                prompts.questions(make_questions(piece, kinds=kinds, per_kind=per_kind)),
-            )
-        )
-        first = last + 1
+        if lesson.questions:
+            lessons.append(lesson)
     return lessons
 
 
@@ -264,17 +250,15 @@ def load_lessons(reader, processor, *, split: str, frames_per_segment: int, per_
     """
     prompts, lessons = PromptMaker(processor), defaultdict(list)
     for name in reader:
-        its_split, index, num_frames = name.split("/")
-        if its_split != split:
+        if not name.startswith(f"{split}/"):
             continue
-        story, features = make_story(story_seed(split, int(index))), reader[name]
-        options = {"num_frames": int(num_frames), "frames_per_segment": frames_per_segment, "per_kind": per_kind}
-        lessons[int(num_frames)].append(make_lesson(story, features, prompts, **options))
+        (story, num_frames), features = story_of(name), reader[name]
+        options = {"num_frames": num_frames, "frames_per_segment": frames_per_segment}
+        lessons[num_frames].append(make_lesson(story, features, prompts, **options, per_kind=per_kind))
         for most in windows:
-            dice = np.random.default_rng([int(index), most])
-            fewer = {**options, "per_kind": max(1, per_kind // 2)}
-            pieces = make_windows(story, features, prompts, **fewer, most_events=most, dice=dice)
-            lessons[window_group(most)] += [piece for piece in pieces if piece.questions]
+            lessons[window_group(most)] += make_windows(
+                story, features, prompts, **options, per_kind=max(1, per_kind // 2), most_events=most
+            )
     return dict(lessons)
 
 

@@ -6,8 +6,9 @@ from pathlib import Path
 import torch
 
 from longvlm.conversion.feature_shards import FeatureReader
-from longvlm.evaluation.storyline import frames_at, make_story, middle_times, story_seed
+from longvlm.evaluation.storyline import Story, frames_at, make_story, middle_times, story_seed
 from longvlm.training.features import extract_features
+from longvlm.training.tiny.pieces import piece_of
 from longvlm.training.tiny.vision import FRAME_SIZE
 
 
@@ -29,8 +30,19 @@ class StoryVideos(Mapping):
         return len(self.names)
 
 
-def video_name(split: str, index: int, num_frames: int) -> str:
-    return f"{split}/{index}/{num_frames}"
+def video_name(split: str, index: int, num_frames: int, piece: tuple[int, int] | None = None) -> str:
+    """`"train/17/100"`; of a piece, the frames 20 to 39 of these: `"train/17/100/20-40"`."""
+    return f"{split}/{index}/{num_frames}" + (f"/{piece[0]}-{piece[1]}" if piece else "")
+
+
+def story_of(name: str) -> tuple[Story, int]:
+    """-> the story of the video with this name, and the number of its frames."""
+    split, index, num_frames, *piece = name.split("/")
+    story = make_story(story_seed(split, int(index)))
+    if not piece:
+        return story, int(num_frames)
+    first, end = map(int, piece[0].split("-"))
+    return piece_of(story, int(num_frames), first, end), end - first
 
 
 def encode_stories(model, processor, folder: Path, videos: StoryVideos) -> FeatureReader:

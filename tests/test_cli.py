@@ -214,7 +214,7 @@ def bad(tmp_path, checkpoint, video):
         ("ask VIDEO Who? --model MODEL --max-new-tokens 0", "--max-new-tokens"),
         ("ask VIDEO Who? --model MODEL --colour", "--colour"),
         ("extract VIDEO --out TMP/features", "--model"),
-        ("publish --repo-id me/it", "FOLDER"),
+        ("publish --repo-id me/it", "DIR"),
         ("assemble --language TMP/llm --out TMP/out", "vision"),
         ("assemble --language TMP/nothing.gguf --vision-config TMP/v.json --out TMP/out", "nothing.gguf"),
         ("assemble --language TMP/llm --vision TMP/llm --out TMP/out", "not a vision encoder"),

@@ -135,7 +135,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=10, help="of the LLM; SmolLM2-135M has 30")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--segments", type=int, default=5, help=f"of each video, {TOKENS_PER_SEGMENT} tokens each")
-    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--cpu-time", action="store_true", help="CPU seconds, for a machine that has other work")
     parser.add_argument("--limit", type=float, default=1.1, help="largest ratio of the medians")
     parser.add_argument("--json", action="store_true", help="the numbers as one JSON object")

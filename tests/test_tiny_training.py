@@ -8,6 +8,7 @@ from longvlm.evaluation.storyline import KINDS, make_questions, make_story, stor
 from longvlm.training.tiny import vision as tiny_vision
 from longvlm.training.tiny.language import LanguageWithHeads, train_language
 from longvlm.training.tiny.lessons import IGNORED, Lessons, PromptMaker, load_lessons, pack
+from longvlm.training.tiny.pointing import event_of
 from longvlm.training.tiny.recipe import make_config, make_model, make_processor, make_tokenizer
 from longvlm.training.tiny.segment_truth import HEADS, segment_truth
 from longvlm.training.tiny.story_features import StoryVideos, encode_stories
@@ -43,7 +44,7 @@ def test_packed_questions_get_the_logits_that_each_gets_alone(parts):
     alone = []
     for lesson, questions in zip(story_lessons, asked, strict=True):
         features = {"local_features": (lesson.local.float(),), "global_features": lesson.global_[None].float()}
-        for _, ids, prompt_length in questions:
+        for _, ids, prompt_length, _ in questions:
             prefix = prompts.prefix(len(lesson.local) + len(lesson.global_))
             with torch.no_grad():
                 logits = model(input_ids=torch.tensor([prefix + ids]), video_features=features).logits[0]
@@ -55,7 +56,7 @@ def test_prompts_are_those_of_the_processor(parts):
     _, processor, lessons = parts
     prompts, lesson = PromptMaker(processor), lessons[12][0]
     question = make_questions(make_story(story_seed("train", 0)), per_kind=2)[0]
-    kind, ids, prompt_length = lesson.questions[0]
+    kind, ids, prompt_length, _ = lesson.questions[0]
     count = processor.num_video_tokens(12)
     messages = [
         {"role": "user", "content": [{"type": "video"}, {"type": "text", "text": question.question}]},
@@ -88,6 +89,33 @@ def test_segment_truth_tells_what_the_renderer_draws():
         assert (truth["number"].diff() >= 0).all()
         reds = truth["nth_colour"][truth["now_colour"] == COLOURS.index(story.events[-1].colour)]
         assert reds.max() == sum(event.colour == story.events[-1].colour for event in story.events)
+
+
+def test_questions_point_at_the_event_that_holds_their_answer():
+    pointed = dict.fromkeys(KINDS, 0)
+    for index in range(60):
+        story = make_story(story_seed("train", index))
+        for question in make_questions(story, per_kind=3):
+            number, asked = event_of(question, story), question.template.split("/")[1]
+            if number is None:
+                assert question.kind == "scene" or question.answer in ("no", "zero")
+                continue
+            pointed[question.kind] += 1
+            event = story.events[number]
+            if question.kind in ("first", "last", "after"):
+                assert getattr(event, asked) == question.answer
+            elif question.kind == "before":
+                assert getattr(story.events[number - 1], asked) == question.answer and number > 0
+            elif question.kind == "what colour":
+                assert event.colour == question.answer
+            elif question.kind == "which action":
+                assert event.action == question.answer
+            elif question.kind == "when":
+                quarter = ("first", "second", "third", "fourth").index(question.answer)
+                assert quarter / 4 <= event.start / story.duration < event.end / story.duration <= (quarter + 1) / 4
+            elif question.kind == "did it happen":
+                assert all(word in question.question for word in (event.colour, event.shape))
+    assert all(pointed[kind] > 20 for kind in KINDS if kind != "scene"), pointed
 
 
 def test_spread_positions_keep_order_and_segments_together(parts):

@@ -12,7 +12,7 @@ from longvlm.training.tiny.lessons import IGNORED, Group, Lesson, Lessons, Plan,
 from longvlm.training.tiny.loop import fit, steps_done
 from longvlm.training.tiny.segment_truth import HEADS, KNOWN, SEEN
 
-SEEN_LAYER, KNOWN_LAYER = 2, 4  # of 6: two are left to look things up
+SEEN_LAYER, KNOWN_LAYER, LOOKING_LAYER = 2, 4, 4  # hidden states, and the layer that reads the last of them
 
 
 class LanguageWithHeads(nn.Module):
@@ -29,7 +29,21 @@ class LanguageWithHeads(nn.Module):
             }
         )
 
-    def forward(self, input_ids, position_ids, blocks, labels, kinds, local, lengths, global_, segment_ends, truth):
+    def forward(
+        self,
+        input_ids,
+        position_ids,
+        blocks,
+        labels,
+        kinds,
+        pointers,
+        local,
+        lengths,
+        global_,
+        segment_ends,
+        events,
+        truth,
+    ):
         outputs = self._run(input_ids, position_ids, blocks, local, lengths, global_)
         wanted = labels[:, 1:]
         there = wanted != IGNORED
@@ -44,6 +58,9 @@ class LanguageWithHeads(nn.Module):
             losses = self._scaffold(outputs.hidden_states, segment_ends, truth)
             results["loss"] = results["loss"] + self.scaffold * torch.stack(list(losses.values())).mean()
             results |= losses
+            pointing = self._pointing(outputs.hidden_states[LOOKING_LAYER], blocks, pointers, segment_ends, events)
+            results["loss"] = results["loss"] + self.scaffold * pointing
+            results["pointing"] = pointing
         return results
 
     @torch.no_grad()
@@ -72,6 +89,21 @@ class LanguageWithHeads(nn.Module):
             output_hidden_states=True,
             use_cache=False,
         )
+
+    def _pointing(self, states: Tensor, blocks: Tensor, pointers: Tensor, ends: Tensor, events: Tensor) -> Tensor:
+        """How surely the first head of the looking layer looks at the right event: minus the log of its share there,
+        among all that it gives the video. The layer has no rotary positions: this is its real attention."""
+        layer = self.model.model.language_model.layers[LOOKING_LAYER]
+        size = layer.self_attn.head_dim
+        states = layer.input_layernorm(states)
+        queries, keys = layer.self_attn.q_proj(states)[..., :size], layer.self_attn.k_proj(states)[..., :size]
+        scores = (queries @ keys.mT).float() * size**-0.5  # (batch, length, length)
+        # The event of each token: only the last token of a segment knows all of it.
+        of_token = torch.full_like(blocks, -3).scatter(1, ends, events)
+        right = (of_token[:, None, :] == pointers[:, :, None]) & (pointers >= 0)[:, :, None]
+        asked = right.any(-1)
+        log_shares = scores.masked_fill((blocks != 0)[:, None, :], float("-inf")).log_softmax(-1)
+        return -log_shares.masked_fill(~right, float("-inf"))[asked].logsumexp(-1).mean()
 
     def _scaffold(self, hidden_states: Sequence[Tensor], ends: Tensor, truth: Tensor) -> dict[str, Tensor]:
         said: dict[str, Tensor] = {}

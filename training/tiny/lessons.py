@@ -9,6 +9,7 @@ question by itself.
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,7 +19,8 @@ from torch.utils.data import IterableDataset
 
 from longvlm.evaluation.storyline import KINDS, Question, Story, make_questions
 from longvlm.training.tiny.pieces import cut_story, windows_of
-from longvlm.training.tiny.segment_truth import segment_truth
+from longvlm.training.tiny.pointing import event_of
+from longvlm.training.tiny.segment_truth import segment_events, segment_truth
 from longvlm.training.tiny.story_features import story_of
 
 TOKENS_A_STEP = 2000  # of video, in all stories of a step
@@ -28,14 +30,24 @@ Group = int | str
 Plan = Sequence[tuple[int, Mapping[Group, float]]]
 
 
+class Asked(NamedTuple):
+    """A question. `ids`: prompt and answer after the video. `event`: where the answer is, -1: nowhere."""
+
+    kind: str
+    ids: list[int]
+    prompt_length: int
+    event: int
+
+
 @dataclass
 class Lesson:
-    """One story, encoded. `questions`: (kind, ids of prompt and answer after the video, length of the prompt)."""
+    """One story, encoded. `events`: of each segment, see `segment_events`."""
 
     local: Tensor  # (L, d)
     global_: Tensor  # (E, d)
     truth: Tensor  # (segments, heads)
-    questions: list[tuple[str, list[int], int]]
+    events: Tensor  # (segments,)
+    questions: list[Asked]
 
 
 class PromptMaker:
@@ -56,13 +68,17 @@ class PromptMaker:
         p = self.processor
         return [*self.before, p.video_start_token_id, *[p.video_token_id] * num_tokens, p.video_end_token_id]
 
-    def questions(self, questions: Sequence[Question]) -> list[tuple[str, list[int], int]]:
+    def questions(self, questions: Sequence[Question], story: Story) -> list[Asked]:
         if not questions:
             return []
         prompts = [self._render(question.question).split(self.processor.video_token)[1] for question in questions]
         answers = [f" {question.answer}{self.tokenizer.eos_token}" for question in questions]
         prompt_ids, answer_ids = (self.tokenizer(t, add_special_tokens=False)["input_ids"] for t in (prompts, answers))
-        return [(q.kind, p + a, len(p)) for q, p, a in zip(questions, prompt_ids, answer_ids, strict=True)]
+        asked = []
+        for question, prompt, answer in zip(questions, prompt_ids, answer_ids, strict=True):
+            event = event_of(question, story)
+            asked.append(Asked(question.kind, prompt + answer, len(prompt), -1 if event is None else event))
+        return asked
 
 
 def make_lesson(story: Story, features, prompts: PromptMaker, *, num_frames: int, frames_per_segment: int,
@@ -71,7 +87,8 @@ def make_lesson(story: Story, features, prompts: PromptMaker, *, num_frames: int
         features.local_features.half(),
         features.global_features.half(),
         segment_truth(story, num_frames, frames_per_segment),
-        prompts.questions(make_questions(story, per_kind=per_kind)),
+        segment_events(story, num_frames, frames_per_segment),
+        prompts.questions(make_questions(story, per_kind=per_kind), story),
     )
 
 
@@ -91,7 +108,8 @@ def make_windows(story: Story, features, prompts: PromptMaker, *, num_frames: in
             features.local_features[start * tokens : end * tokens].half(),
             features.global_features.half(),
             segment_truth(piece, (end - start) * frames_per_segment, frames_per_segment),
-            prompts.questions(make_questions(piece, kinds=kinds, per_kind=per_kind)),
+            segment_events(piece, (end - start) * frames_per_segment, frames_per_segment),
+            prompts.questions(make_questions(piece, kinds=kinds, per_kind=per_kind), piece),
         )
         if lesson.questions:
             lessons.append(lesson)
@@ -147,8 +165,8 @@ class Lessons(IterableDataset):
             step -= steps
         return self.plan[-1][1]
 
-    def _pick(self, lesson: Lesson, dice) -> list[tuple[str, list[int], int]]:
-        chances = np.array([self.weights.get(kind, 1.0) for kind, _, _ in lesson.questions])
+    def _pick(self, lesson: Lesson, dice) -> list[Asked]:
+        chances = np.array([self.weights.get(asked.kind, 1.0) for asked in lesson.questions])
         count = min(self.num_questions, int((chances > 0).sum()))
         return [
             lesson.questions[i] for i in dice.choice(len(chances), count, replace=False, p=chances / chances.sum())
@@ -171,11 +189,12 @@ def pack(lessons: Sequence[Lesson], questions: Sequence[list], prompts: PromptMa
 
     Returns:
         `input_ids`, `position_ids`, `blocks`, `labels`, `kinds`, all `(batch, length)` int64. `blocks`: 0 the video,
-        then 1, 2, ... the questions, -1 padding. `kinds`: of the label, -1 elsewhere. `local` `(batch, L, d)`,
+        then 1, 2, ... the questions, -1 padding. `kinds`: of the label, -1 elsewhere.
+        `pointers`: at the end of a prompt the event that it is about, -1 elsewhere. `local` `(batch, L, d)`,
         padded, and `lengths` `(batch,)`; `global_` `(batch, E, d)`; `segment_ends` `(batch, segments)`: places of the
         segments' last tokens; `truth` `(batch, segments, heads)`, -100 in padding.
     """
-    fill = {"input_ids": 0, "position_ids": 0, "blocks": -1, "labels": IGNORED, "kinds": -1}
+    fill = {"input_ids": 0, "position_ids": 0, "blocks": -1, "labels": IGNORED, "kinds": -1, "pointers": -1}
     rows: dict[str, list[list[int]]] = {name: [] for name in fill}
     ends = []
     for number, (lesson, asked) in enumerate(zip(lessons, questions, strict=True)):
@@ -195,15 +214,17 @@ def pack(lessons: Sequence[Lesson], questions: Sequence[list], prompts: PromptMa
             "blocks": [0] * len(prefix),
             "labels": [IGNORED] * len(prefix),
             "kinds": [-1] * len(prefix),
+            "pointers": [-1] * len(prefix),
         }
         begin = int(positions[-1]) + 1
-        for block, (kind, ids, prompt_length) in enumerate(asked, start=1):
+        for block, (kind, ids, prompt_length, event) in enumerate(asked, start=1):
             answer = len(ids) - prompt_length
             row["input_ids"] += ids
             row["position_ids"] += range(begin, begin + len(ids))
             row["blocks"] += [block] * len(ids)
             row["labels"] += [IGNORED] * prompt_length + ids[prompt_length:]
             row["kinds"] += [-1] * prompt_length + [KINDS.index(kind)] * answer
+            row["pointers"] += [-1] * (prompt_length - 1) + [event] + [-1] * answer
         for name, values in row.items():
             rows[name].append(values)
     length = max(map(len, rows["input_ids"]))
@@ -217,6 +238,7 @@ def pack(lessons: Sequence[Lesson], questions: Sequence[list], prompts: PromptMa
         "lengths": torch.tensor([len(one.local) for one in lessons]),
         "global_": torch.stack([one.global_ for one in lessons]),
         "segment_ends": pad_sequence(ends, batch_first=True),
+        "events": pad_sequence([one.events for one in lessons], batch_first=True, padding_value=-2),
         "truth": pad_sequence([one.truth for one in lessons], batch_first=True, padding_value=IGNORED),
     }
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import CLIPVisionModel, LlamaConfig, PreTrainedTokenizerFast, set_seed
+from transformers import CLIPVisionModel, PreTrainedTokenizerFast, SmolLM3Config, set_seed
 
 from longvlm.evaluation.storyline import make_questions, make_story, story_seed
 from longvlm.processing.processing_longvlm import VIDEO_TOKENS
@@ -66,7 +66,7 @@ def make_config(vision: CLIPVisionModel, tokenizer, *, width: int = 192, **metho
     """The method's settings: 100 frames are 25 segments of 4 tokens, and E = 2 global ones. `width`: of the LLM."""
     ids = dict(zip(("video_token_id", "video_start_token_id", "video_end_token_id"),
                    tokenizer.convert_tokens_to_ids(list(VIDEO_TOKENS)), strict=True))  # fmt: skip
-    text = LlamaConfig(
+    text = SmolLM3Config(
         vocab_size=len(tokenizer),
         hidden_size=width,
         intermediate_size=width * 8 // 3,
@@ -78,6 +78,9 @@ def make_config(vision: CLIPVisionModel, tokenizer, *, width: int = 192, **metho
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         tie_word_embeddings=True,
+        # The last two layers look things up, wherever they are: rotary positions would stand in the way.
+        no_rope_layers=[1, 1, 1, 1, 0, 0],
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
     )
     settings = {
         "frames_per_segment": 4,

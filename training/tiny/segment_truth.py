@@ -24,6 +24,17 @@ HEADS = {**SEEN, **KNOWN}
 IGNORED = -100
 
 
+def segment_events(story: Story, num_frames: int, frames_per_segment: int) -> Tensor:
+    """`(segments,)` int64: the number of the event in most of the segment's frames, -1 where there is none."""
+    times = middle_times(story, num_frames)
+    events = []
+    for first in range(0, num_frames, frames_per_segment):
+        inside = times[first : first + frames_per_segment]
+        on_stage = [i for time in inside for i, event in enumerate(story.events) if event.start <= time < event.end]
+        events.append(max(set(on_stage), key=on_stage.count) if on_stage else -1)
+    return torch.tensor(events)
+
+
 def segment_truth(story: Story, num_frames: int, frames_per_segment: int) -> Tensor:
     """`(segments, heads)` int64 in the order of `HEADS`; -100 where the question has no answer yet.
 
@@ -31,12 +42,12 @@ def segment_truth(story: Story, num_frames: int, frames_per_segment: int) -> Ten
     `nth_colour`: as how many-th event of its colour it came. `number`: how many events have begun.
     """
     times = middle_times(story, num_frames)
+    events = segment_events(story, num_frames, frames_per_segment).tolist()
     rows = []
-    for first in range(0, num_frames, frames_per_segment):
+    for first, number in zip(range(0, num_frames, frames_per_segment), events, strict=True):
         inside = times[first : first + frames_per_segment]
-        on_stage = [i for time in inside for i, event in enumerate(story.events) if event.start <= time < event.end]
         begun = sum(event.start <= inside[-1] for event in story.events)
-        now = max(set(on_stage), key=on_stage.count) if on_stage else None
+        now = None if number < 0 else number
         before = begun - 1 if now is None else now - 1
         row = {"now_scene": SCENES.index(story.scene_at(inside[-1]).kind), "number": min(begun, MOST)}
         for name, values in FIELDS:

@@ -1,0 +1,48 @@
+"""Which event a question is about: the language model is shown where to look.
+
+Finding in the video what a question names is the hardest thing to learn: until attention finds it by chance, the
+answer teaches nothing. So one attention head of one layer is taught, while training, to look from the end of a
+question at the event that holds the answer.
+"""
+
+import re
+
+from longvlm.evaluation.storyline import ACTIONS, COLOURS, SHAPES, Question, Story
+from longvlm.evaluation.storyline.questions import DOES
+
+
+def named_in(text: str) -> dict[str, str]:
+    """Colour, shape and action that a question names."""
+    text = text.lower()
+    named = {}
+    for field, words in (
+        ("colour", {colour: (colour,) for colour in COLOURS}),
+        ("shape", {shape: (shape, f"{shape}s", f"{shape}es") for shape in SHAPES}),
+        ("action", {action: (action, DOES[action]) for action in ACTIONS}),
+    ):
+        for value, forms in words.items():
+            if re.search(rf"\b({'|'.join(forms)})\b", text):
+                named[field] = value
+    return named
+
+
+def event_of(question: Question, story: Story) -> int | None:
+    """The number of the event where the answer is to be read, or `None` where there is no such event.
+
+    "before" is read at the event that is named, which knows what came before it; "after" at the one that follows; "how
+    many" at the last that is counted, which knows as how many-th it came.
+    """
+    last = len(story.events) - 1
+    if question.kind in ("first", "last"):
+        return 0 if question.kind == "first" else last
+    named = named_in(question.question)
+    if question.kind == "scene" or question.answer == "no":
+        return None
+    matching = [
+        i for i, event in enumerate(story.events) if all(getattr(event, field) == named[field] for field in named)
+    ]
+    if not matching:
+        return None
+    if question.kind == "how many":
+        return matching[-1]
+    return matching[0] + (question.kind == "after")

@@ -84,6 +84,7 @@ def condense(variant: Variant, patches: Tensor, class_tokens: Tensor) -> tuple[T
         order=variant.order,
         tokens_per_frame=patches.shape[1],
     )
+    assert isinstance(merged, Tensor)
     return merged.flatten(0, 1), global_tokens
 
 

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from longvlm.evaluation.storyline import KINDS
 from longvlm.training.tiny.lessons import IGNORED, Group, Lesson, Lessons, Plan, PromptMaker, block_mask, unwrap
 from longvlm.training.tiny.loop import fit, steps_done
-from longvlm.training.tiny.segment_truth import HEADS, KNOWN, SEEN
+from longvlm.training.tiny.segment_truth import HEADS, KNOWN, NAMED, SEEN
 
 SEEN_LAYER, KNOWN_LAYER, LOOKING_LAYER = 2, 4, 4  # hidden states, and the layer that reads the last of them
 
@@ -25,7 +25,7 @@ class LanguageWithHeads(nn.Module):
         self.heads = nn.ModuleDict(
             {
                 name: nn.Sequential(nn.LayerNorm(width), nn.Linear(width, sum(sizes.values())))
-                for name, sizes in (("seen", SEEN), ("known", KNOWN))
+                for name, sizes in (("seen", SEEN), ("known", KNOWN), ("named", NAMED))
             }
         )
 
@@ -37,6 +37,7 @@ class LanguageWithHeads(nn.Module):
         labels,
         kinds,
         pointers,
+        named,
         local,
         lengths,
         global_,
@@ -59,8 +60,9 @@ class LanguageWithHeads(nn.Module):
             results["loss"] = results["loss"] + self.scaffold * torch.stack(list(losses.values())).mean()
             results |= losses
             pointing = self._pointing(outputs.hidden_states[LOOKING_LAYER], blocks, pointers, segment_ends, events)
-            results["loss"] = results["loss"] + self.scaffold * pointing
-            results["pointing"] = pointing
+            naming = self._naming(outputs.hidden_states[LOOKING_LAYER], named, segment_ends, truth)
+            results["loss"] = results["loss"] + self.scaffold * (pointing + naming)
+            results |= {"pointing": pointing, "naming": naming}
         return results
 
     @torch.no_grad()
@@ -104,6 +106,18 @@ class LanguageWithHeads(nn.Module):
         asked = right.any(-1)
         log_shares = scores.masked_fill((blocks != 0)[:, None, :], float("-inf")).log_softmax(-1)
         return -log_shares.masked_fill(~right, float("-inf"))[asked].logsumexp(-1).mean()
+
+    def _naming(self, states: Tensor, named: Tensor, ends: Tensor, truth: Tensor) -> Tensor:
+        """The same heads read what a question names at its end, and what is there at a segment's end."""
+        at_ends = states.gather(1, ends[..., None].expand(-1, -1, states.shape[-1]))
+        names = list(HEADS)
+        there = truth[..., [names.index(f"now_{name}") for name in NAMED]]
+        asked = (named != IGNORED).all(-1)
+        losses = []
+        for where, wanted in ((at_ends.flatten(0, 1), there.flatten(0, 1)), (states[asked], named[asked])):
+            logits = self.heads["named"](where).float().split(list(NAMED.values()), dim=-1)
+            losses += [F.cross_entropy(some, wanted[:, i], ignore_index=IGNORED) for i, some in enumerate(logits)]
+        return torch.stack(losses).mean()
 
     def _scaffold(self, hidden_states: Sequence[Tensor], ends: Tensor, truth: Tensor) -> dict[str, Tensor]:
         said: dict[str, Tensor] = {}

@@ -19,8 +19,8 @@ from torch.utils.data import IterableDataset
 
 from longvlm.evaluation.storyline import KINDS, Question, Story, make_questions
 from longvlm.training.tiny.pieces import cut_story, windows_of
-from longvlm.training.tiny.pointing import event_of
-from longvlm.training.tiny.segment_truth import segment_events, segment_truth
+from longvlm.training.tiny.pointing import event_of, named_in
+from longvlm.training.tiny.segment_truth import FIELDS, segment_events, segment_truth
 from longvlm.training.tiny.story_features import story_of
 
 TOKENS_A_STEP = 2000  # of video, in all stories of a step
@@ -31,12 +31,14 @@ Plan = Sequence[tuple[int, Mapping[Group, float]]]
 
 
 class Asked(NamedTuple):
-    """A question. `ids`: prompt and answer after the video. `event`: where the answer is, -1: nowhere."""
+    """A question. `ids`: prompt and answer after the video. `event`: where the answer is, -1: nowhere. `named`: the
+    numbers of colour, shape and action that it names, as in `segment_truth.NAMED`."""
 
     kind: str
     ids: list[int]
     prompt_length: int
     event: int
+    named: list[int]
 
 
 @dataclass
@@ -77,7 +79,9 @@ class PromptMaker:
         asked = []
         for question, prompt, answer in zip(questions, prompt_ids, answer_ids, strict=True):
             event = event_of(question, story)
-            asked.append(Asked(question.kind, prompt + answer, len(prompt), -1 if event is None else event))
+            words = named_in(question.question)
+            named = [values.index(words[name]) if name in words else len(values) for name, values in FIELDS]
+            asked.append(Asked(question.kind, prompt + answer, len(prompt), -1 if event is None else event, named))
         return asked
 
 
@@ -194,8 +198,10 @@ def pack(lessons: Sequence[Lesson], questions: Sequence[list], prompts: PromptMa
         padded, and `lengths` `(batch,)`; `global_` `(batch, E, d)`; `segment_ends` `(batch, segments)`: places of the
         segments' last tokens; `truth` `(batch, segments, heads)`, -100 in padding.
     """
-    fill = {"input_ids": 0, "position_ids": 0, "blocks": -1, "labels": IGNORED, "kinds": -1, "pointers": -1}
-    rows: dict[str, list[list[int]]] = {name: [] for name in fill}
+    fill: dict = {"input_ids": 0, "position_ids": 0, "blocks": -1, "labels": IGNORED, "kinds": -1, "pointers": -1}
+    no_name = [IGNORED] * len(FIELDS)
+    fill["named"] = no_name
+    rows: dict[str, list[list]] = {name: [] for name in fill}
     ends = []
     for number, (lesson, asked) in enumerate(zip(lessons, questions, strict=True)):
         prefix = prompts.prefix(len(lesson.global_) + len(lesson.local))
@@ -215,9 +221,10 @@ def pack(lessons: Sequence[Lesson], questions: Sequence[list], prompts: PromptMa
             "labels": [IGNORED] * len(prefix),
             "kinds": [-1] * len(prefix),
             "pointers": [-1] * len(prefix),
+            "named": [no_name] * len(prefix),
         }
         begin = int(positions[-1]) + 1
-        for block, (kind, ids, prompt_length, event) in enumerate(asked, start=1):
+        for block, (kind, ids, prompt_length, event, named) in enumerate(asked, start=1):
             answer = len(ids) - prompt_length
             row["input_ids"] += ids
             row["position_ids"] += range(begin, begin + len(ids))
@@ -225,6 +232,7 @@ def pack(lessons: Sequence[Lesson], questions: Sequence[list], prompts: PromptMa
             row["labels"] += [IGNORED] * prompt_length + ids[prompt_length:]
             row["kinds"] += [-1] * prompt_length + [KINDS.index(kind)] * answer
             row["pointers"] += [-1] * (prompt_length - 1) + [event] + [-1] * answer
+            row["named"] += [no_name] * (prompt_length - 1) + [named] + [no_name] * answer
         for name, values in row.items():
             rows[name].append(values)
     length = max(map(len, rows["input_ids"]))

@@ -21,6 +21,9 @@ KNOWN = {
     "number": MOST + 1,
 }
 HEADS = {**SEEN, **KNOWN}
+# Asked of a question's end and of a segment's end by the same heads: what is named, and what is there. So both are
+# written in the same way, and attention can compare them.
+NAMED = {name: len(values) + 1 for name, values in FIELDS}
 IGNORED = -100
 
 

@@ -46,18 +46,18 @@ STORIES = {100: 3000, 200: 150, 400: 80, 1000: 60}
 TWO, FOUR = window_group(2), window_group(4)
 # First to see, on whole stories; then to find what a question names, in windows of few events; then both.
 SHORT: Plan = (
-    (500, {100: 1.0}),
-    (250, {TWO: 1.0}),
-    (250, {FOUR: 0.8, TWO: 0.2}),
-    (900, {100: 0.55, FOUR: 0.25, TWO: 0.2}),
+    (400, {100: 1.0}),
+    (300, {TWO: 0.5, FOUR: 0.5}),
+    (400, {100: 0.5, FOUR: 0.5}),
+    (1400, {100: 0.85, FOUR: 0.15}),
 )
-LONG: Plan = ((400, {100: 0.7, 200: 0.1, 400: 0.1, 1000: 0.1}),)
+LONG: Plan = ((500, {100: 0.7, 200: 0.1, 400: 0.1, 1000: 0.1}),)
 STAGES = (
     Stage("language model, 100 frames", (100,), SHORT, 1.5e-3, spread=0.25, windows=(2, 4)),
     Stage("language model, all lengths", (100, 200, 400, 1000), LONG, 7e-4, spread=0.0),
 )
 # What takes longest to learn is asked most.
-WEIGHTS = {"before": 1.5, "after": 1.5, "how many": 1.5, "which action": 2.0, "when": 1.5, "did it happen": 3.0}
+WEIGHTS = {"before": 1.5, "after": 2.5, "how many": 2.5, "which action": 1.5, "when": 1.5, "did it happen": 2.0}
 SCORES = {
     "100 frames": {"num_stories": 500, "num_frames": 100},
     "1,000 frames": {"num_stories": 100, "num_frames": 1000},

@@ -37,7 +37,8 @@ words but those of Storyline's questions, and says one of Storyline's answers wh
 - Encoder: a CLIP vision transformer, {vision}, trained from nothing.
 - Method: {frames_per_segment} frames a segment, merged into {tokens_per_segment} tokens (a tenth of them in each step,
   kept in order of time); {num_global_layers} global tokens before them. 100 frames are {num_video_tokens} tokens.
-- Projector: two layers. Language model: a Llama, {text}, with a byte-level tokenizer of {vocabulary} entries.
+- Projector: two layers. Language model: SmolLM3's architecture, {text}, no rotary
+  positions in the last two, with a byte-level tokenizer of {vocabulary} entries.
 
 ## How well it does it
 
@@ -54,14 +55,15 @@ Chance is about 17 %, and so is what can be guessed from the questions (docs/sto
 
 {stages}
 
-Training data: stories of Storyline's train split, made on the fly. No pictures, videos or texts of people.
+{note}Training data: stories of Storyline's train split, made on the fly. No pictures, videos or texts of people.
 
 1. The encoder learns on single frames ({vision_training}): each patch names the shape and colour over it, where the
    object is, how large, how turned, how opaque, and the scene; [CLS] says the same of the frame.
 2. It is frozen; stories are encoded and merged once ({stories}).
 3. Projector and language model learn from the features ({language_training}). Questions about one video are packed
    behind it and cannot see each other. Beside the answers, linear heads that are thrown away afterwards ask the hidden
-   states at each segment's end what is on stage and what came before.
+   states at each segment's end what is on stage and what came before, and at a question's end what it names; and one
+   attention head is taught to look from there at the event that holds the answer.
 4. For long videos, a part of the short ones is put at spread positions (up to 1,100); in the end lengths are mixed.
 """
 
@@ -85,5 +87,6 @@ def card_text(results: Mapping[str, Mapping[str, Any]], about: Mapping[str, Any]
         num_video_tokens=config.num_video_tokens(100),
         stages="\n".join([*stages, f"- all: {minutes} min {rest} s"]),
         table=table(dict(results)),
+        note=f"{about['note']}\n\n" if about.get("note") else "",
         **{name: about[name] for name in ("machine", "versions", "vision_training", "stories", "language_training")},
     )

@@ -1,0 +1,61 @@
+"""longvlm-tiny, as it comes with the package: how well it answers, on a fixed sample of Storyline's test split.
+
+The floors lie below what its model card says of all stories, by more than such a sample varies.
+"""
+
+import json
+
+import pytest
+from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
+
+import longvlm
+from longvlm.evaluation import storyline
+from longvlm.evaluation.storyline.scoring import answer_stories, score
+
+FLOOR, FLOOR_LONG = 0.55, 0.40
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    folder = longvlm.tiny_checkpoint()
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto").eval()
+    return model, AutoProcessor.from_pretrained(folder)
+
+
+def test_answers_about_stories_it_never_saw(tiny):
+    result = score(*tiny, "test", 20, per_kind=2)
+    assert result["count"] > 300
+    assert result["accuracy"] > FLOOR, result
+    assert result["unparsed"] < 0.02
+
+
+def test_looks_at_the_video(tiny):
+    """With another story's video it is hardly better than chance, which is 17 %."""
+    assert score(*tiny, "test", 12, video="swapped")["accuracy"] < 0.4
+
+
+@pytest.mark.slow
+def test_answers_about_a_thousand_frames(tiny):
+    result = score(*tiny, "test", 10, num_frames=1000)
+    assert result["accuracy"] > FLOOR_LONG, result
+
+
+def test_a_video_file_is_answered_as_its_frames_are(tiny, tmp_path):
+    """Through the pipeline, from a compressed file of another size: most answers stay."""
+    story = storyline.make_story(storyline.story_seed("test", 3), duration=30.0)
+    file = tmp_path / "story.mp4"
+    storyline.write_video(story, file, fps=10, size=192)
+    pipe = pipeline("video-question-answering", model=longvlm.tiny_checkpoint())
+    questions = storyline.make_questions(story)
+    from_file = [pipe(video=str(file), question=question.question)["answer"] for question in questions]
+    from_frames = [answer for _, answer in answer_stories(*tiny, "test", 1, first=3)]
+    same = sum(a == b for a, b in zip(from_file, from_frames, strict=True))
+    assert same >= len(questions) - 2, list(zip(from_file, from_frames, strict=True))
+
+
+def test_card_tells_the_scores_that_were_measured():
+    folder = longvlm.tiny_checkpoint()
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    for result in json.loads((folder / "scores.json").read_text(encoding="utf-8")).values():
+        assert f"**{100 * result['accuracy']:.1f}**" in card
+        assert result["run"]["split"] == "test"

@@ -143,9 +143,22 @@ def build(out: Path, work: Path, *, rounds=ROUNDS, stages=STAGES, stories=STORIE
     with output_folder(out, overwrite=True) as folder:
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
+        leave_code_out(Path(folder))
         (Path(folder) / "README.md").write_text(card_text(results, about), encoding="utf-8")
         (Path(folder) / "scores.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     print(f"longvlm-tiny: {out} is ready")
+
+
+def leave_code_out(folder: Path) -> None:
+    """What comes with the package needs no code of its own, which would grow old; `save_pretrained` writes it again."""
+    for file in folder.glob("*.py"):
+        file.unlink()
+    for file in folder.glob("*config.json"):
+        told = json.loads(file.read_text(encoding="utf-8"))
+        for part in (told, told.get("video_processor", {})):
+            for name in ("auto_map", "custom_pipelines"):
+                part.pop(name, None)
+        file.write_text(json.dumps(told, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def measure(checkpoint: Path, file: Path, scores) -> dict:

@@ -150,7 +150,7 @@ def build(out: Path, work: Path, *, rounds=ROUNDS, stages=STAGES, stories=STORIE
 
 
 def leave_code_out(folder: Path) -> None:
-    """What comes with the package needs no code of its own, which would grow old; `save_pretrained` writes it again."""
+    """What comes with the package needs no code of its own, which would grow old; `save_pretrained` writes it."""
     for file in folder.glob("*.py"):
         file.unlink()
     for file in folder.glob("*config.json"):

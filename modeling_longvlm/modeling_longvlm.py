@@ -143,7 +143,8 @@ class LongVLMPreTrainedModel(PreTrainedModel):
         super().post_init()
         # CLIP's list also names parts of its text model; FSDP's wrapping fails at a name that is not in the model.
         there = {type(module).__name__ for module in self.modules()}
-        self._no_split_modules = set(self._no_split_modules or ()) & there  # type: ignore[assignment]
+        listed = getattr(self, "_no_split_modules", None) or ()
+        self._no_split_modules = {name for name in listed if name in there}
 
     def save_pretrained(self, save_directory, **kwargs):
         """As in transformers; the configuration also names the code and the pipeline that come with the weights."""

@@ -135,7 +135,7 @@ def plan_of(steps: int) -> Plan:
     """First to see, on whole stories; then to find what a question names, in pieces; then both. As longvlm-tiny."""
     short, long = PIECES
     shares = ((0.25, {NUM_FRAMES: 1.0}), (0.2, {short: 1.0}), (0.2, {long: 0.7, short: 0.3}))
-    plan = [(round(share * steps), groups) for share, groups in shares]
+    plan: list = [(round(share * steps), groups) for share, groups in shares]
     return [*plan, (steps - sum(done for done, _ in plan), {NUM_FRAMES: 0.75, long: 0.25})]
 
 

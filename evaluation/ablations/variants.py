@@ -37,9 +37,7 @@ VARIANTS: Sequence[Variant] = (
     Variant("local", "local only", e=0, main=True),
     Variant("global", "global only", pooling="none", main=True),
     Variant("mean", "mean pooling of each frame + global", pooling="frame mean", main=True),
-    Variant(
-        "videochatgpt", "spatial + temporal pooling (Video-ChatGPT)", pooling="spatial + temporal", e=0, main=True
-    ),
+    Variant("pooled", "spatial + temporal pooling (Video-ChatGPT)", pooling="spatial + temporal", e=0, main=True),
     Variant("text", "no video", pooling="none", e=0),
     Variant("per-head", "similarity of the paper's equation 1", similarity="per_head"),
     Variant("time", "tokens of a segment in order of time", order="time"),

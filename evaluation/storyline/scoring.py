@@ -9,7 +9,7 @@ above both.
 import argparse
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +113,7 @@ def score(model, processor, split: str = "test", num_stories: int = 500, **optio
     return {**result, "run": {**run, **options, "seconds": round(time.perf_counter() - start, 1)}}
 
 
-def table(results: dict[str, dict[str, Any]]) -> str:
+def table(results: Mapping[str, Mapping[str, Any]]) -> str:
     """Markdown, in percent: a row for each kind, a column for each result."""
     lines = [f"| kind | {' | '.join(results)} |", f"|---|{'---:|' * len(results)}"]
     for kind in KINDS:

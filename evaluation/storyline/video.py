@@ -69,7 +69,7 @@ def contact_sheet(story: Story, path=None, *, pictures_per_event: int = 5, size:
         rows.append((what, [(time, "") for time in times]))
 
     gap, line, header = 6, 16, 46
-    most = max(len(times) for _, times in rows)
+    most = max(len(marks) for _, marks in rows)
     texts = [legend, *(caption for caption, _ in rows)]
     width = max(gap + (size + gap) * most, *(2 * gap + _length(text) for text in texts))
     row_height = line + size + line + gap
@@ -78,9 +78,9 @@ def contact_sheet(story: Story, path=None, *, pictures_per_event: int = 5, size:
     pen.text((gap, gap), title, fill="black", font_size=14)
     pen.text((gap, gap + 18), legend, fill="dimgrey", font_size=12)
     renderer = Renderer(story, size)
-    for top, (caption, times) in zip(range(header, sheet.height, row_height), rows, strict=True):
+    for top, (caption, marks) in zip(range(header, sheet.height, row_height), rows, strict=True):
         pen.text((gap, top), caption, fill="black", font_size=12)
-        for column, (time, name) in enumerate(times):
+        for column, (time, name) in enumerate(marks):
             left = gap + column * (size + gap)
             sheet.paste(Image.fromarray(renderer.frame_at(time)), (left, top + line))
             pen.text((left, top + line + size), f"{time:.1f} s{name}", fill="dimgrey", font_size=11)

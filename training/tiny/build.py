@@ -98,7 +98,7 @@ def build(out: Path, work: Path, *, rounds=ROUNDS, stages=STAGES, stories=STORIE
     processor, model = make_processor(config, tokenizer), make_model(config, vision)
     learner = LanguageWithHeads(model)
     for number, stage in enumerate(stages):
-        lessons = {}
+        lessons: dict = {}
         for length in stage.lengths:
             with clock.time(f"features of {length:,} frames"):
                 videos = StoryVideos("train", range(stories[length]), length)

@@ -86,7 +86,7 @@ def card_text(results: Mapping[str, Mapping[str, Any]], about: Mapping[str, Any]
         num_global_layers=config.num_global_layers,
         num_video_tokens=config.num_video_tokens(100),
         stages="\n".join([*stages, f"- all: {minutes} min {rest} s"]),
-        table=table(dict(results)),
+        table=table(results),
         note=f"{about['note']}\n\n" if about.get("note") else "",
         **{name: about[name] for name in ("machine", "versions", "vision_training", "stories", "language_training")},
     )

@@ -214,7 +214,7 @@ def pack(lessons: Sequence[Lesson], questions: Sequence[list], prompts: PromptMa
         if gaps is not None:
             for start, gap in zip(starts, gaps[number], strict=True):
                 positions[start:] += gap
-        row = {
+        row: dict[str, list] = {
             "input_ids": list(prefix),
             "position_ids": positions.tolist(),
             "blocks": [0] * len(prefix),
@@ -278,7 +278,8 @@ def load_lessons(reader, processor, *, split: str, frames_per_segment: int, per_
     Returns:
         Number of frames, or name of the windows -> lessons.
     """
-    prompts, lessons = PromptMaker(processor), defaultdict(list)
+    prompts = PromptMaker(processor)
+    lessons: defaultdict[Group, list[Lesson]] = defaultdict(list)
     for name in reader:
         if not name.startswith(f"{split}/"):
             continue

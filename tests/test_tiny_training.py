@@ -14,6 +14,9 @@ from longvlm.training.tiny.segment_truth import HEADS, segment_truth
 from longvlm.training.tiny.story_features import StoryVideos, encode_stories
 
 
+PLAN = [(2, {12: 1.0})]
+
+
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory):
     """Model and processor with an untrained encoder, and lessons of two stories of 12 frames."""
@@ -44,7 +47,7 @@ def test_packed_questions_get_the_logits_that_each_gets_alone(parts):
     alone = []
     for lesson, questions in zip(story_lessons, asked, strict=True):
         features = {"local_features": (lesson.local.float(),), "global_features": lesson.global_[None].float()}
-        for _, ids, prompt_length, _ in questions:
+        for _, ids, prompt_length, *_ in questions:
             prefix = prompts.prefix(len(lesson.local) + len(lesson.global_))
             with torch.no_grad():
                 logits = model(input_ids=torch.tensor([prefix + ids]), video_features=features).logits[0]
@@ -56,7 +59,7 @@ def test_prompts_are_those_of_the_processor(parts):
     _, processor, lessons = parts
     prompts, lesson = PromptMaker(processor), lessons[12][0]
     question = make_questions(make_story(story_seed("train", 0)), per_kind=2)[0]
-    kind, ids, prompt_length, _ = lesson.questions[0]
+    kind, ids, prompt_length, *_ = lesson.questions[0]
     count = processor.num_video_tokens(12)
     messages = [
         {"role": "user", "content": [{"type": "video"}, {"type": "text", "text": question.question}]},
@@ -120,7 +123,7 @@ def test_questions_point_at_the_event_that_holds_their_answer():
 
 def test_spread_positions_keep_order_and_segments_together(parts):
     _, processor, lessons = parts
-    batches = iter(Lessons(lessons, {12: 1.0}, PromptMaker(processor), spread=1.0, max_position=300))
+    batches = iter(Lessons(lessons, PLAN, PromptMaker(processor), spread=1.0, max_position=300))
     largest = 0
     for _ in range(8):
         ((batch),) = next(batches)
@@ -137,7 +140,7 @@ def test_spread_positions_keep_order_and_segments_together(parts):
 
 def test_lessons_have_labels_for_answers_alone(parts):
     _, processor, lessons = parts
-    ((batch),) = next(iter(Lessons(lessons, {12: 1.0}, PromptMaker(processor), num_questions=6)))
+    ((batch),) = next(iter(Lessons(lessons, PLAN, PromptMaker(processor), num_questions=6)))
     labelled = batch["labels"] != IGNORED
     assert torch.equal(batch["labels"][labelled], batch["input_ids"][labelled])
     for row, blocks in zip(labelled, batch["blocks"], strict=True):
@@ -151,14 +154,14 @@ def test_lessons_have_labels_for_answers_alone(parts):
 def test_a_stage_that_is_done_is_not_trained_again(parts, tmp_path):
     model, processor, lessons = parts
     learner = LanguageWithHeads(model)
-    options = {"steps": 2, "num_questions": 3, "tokens_a_step": 24}
+    options = {"num_questions": 3, "tokens_a_step": 24}
     before = model.lm_head.weight.detach().clone()
-    train_language(learner, processor, lessons, {12: 1.0}, tmp_path, **options)
+    train_language(learner, processor, lessons, PLAN, tmp_path, **options)
     trained = model.lm_head.weight.detach().clone()
     assert not torch.equal(before, trained)
     with torch.no_grad():
         model.lm_head.weight.zero_()
-    train_language(learner, processor, lessons, {12: 1.0}, tmp_path, **options)
+    train_language(learner, processor, lessons, PLAN, tmp_path, **options)
     assert torch.equal(model.lm_head.weight, trained)
 
 

@@ -13,7 +13,6 @@ from longvlm.training.tiny.recipe import make_config, make_model, make_processor
 from longvlm.training.tiny.segment_truth import HEADS, segment_truth
 from longvlm.training.tiny.story_features import StoryVideos, encode_stories
 
-
 PLAN = [(2, {12: 1.0})]
 
 

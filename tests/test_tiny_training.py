@@ -6,7 +6,7 @@ import torch
 
 from longvlm.evaluation.storyline import KINDS, make_questions, make_story, story_seed
 from longvlm.training.tiny import vision as tiny_vision
-from longvlm.training.tiny.language import LanguageWithHeads, train_language
+from longvlm.training.tiny.language import LOOKING_LAYER, LanguageWithHeads, train_language
 from longvlm.training.tiny.lessons import IGNORED, Lessons, PromptMaker, load_lessons, pack
 from longvlm.training.tiny.pointing import event_of
 from longvlm.training.tiny.recipe import make_config, make_model, make_processor, make_tokenizer
@@ -118,6 +118,35 @@ def test_questions_point_at_the_event_that_holds_their_answer():
             elif question.kind == "did it happen":
                 assert all(word in question.question for word in (event.colour, event.shape))
     assert all(pointed[kind] > 20 for kind in KINDS if kind != "scene"), pointed
+
+
+def test_pointing_is_the_attention_that_the_model_really_pays(parts):
+    model, processor, lessons = parts
+    story_lessons, prompts = lessons[12], PromptMaker(processor)
+    batch = pack(story_lessons, [one.questions[:6] for one in story_lessons], prompts)
+    learner = LanguageWithHeads(model)
+    with torch.no_grad():
+        told = learner(**batch)["pointing"]
+    before = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    shares = []
+    try:
+        for row, lesson in enumerate(story_lessons):
+            features = {"local_features": (lesson.local.float(),), "global_features": lesson.global_[None].float()}
+            prefix = prompts.prefix(len(lesson.local) + len(lesson.global_))
+            for question in lesson.questions[:6]:
+                ends = batch["segment_ends"][row][lesson.events == question.event]
+                if question.event < 0 or not len(ends):
+                    continue
+                ids = torch.tensor([prefix + question.ids[: question.prompt_length]])
+                with torch.no_grad():
+                    attentions = model(input_ids=ids, video_features=features, output_attentions=True).attentions
+                paid = attentions[LOOKING_LAYER][0, 0, -1, : len(prefix)]  # by the first head, at the prompt's end
+                shares.append(paid[ends].sum() / paid.sum())
+    finally:
+        model.set_attn_implementation(before)
+    assert len(shares) >= 4
+    torch.testing.assert_close(told, -torch.stack(shares).log().mean(), rtol=1e-3, atol=1e-3)
 
 
 def test_spread_positions_keep_order_and_segments_together(parts):

@@ -16,7 +16,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -29,27 +29,18 @@ from transformers.utils import logging
 import longvlm
 from examples.smollm2_report import page
 from longvlm.conversion.assemble import assemble
-from longvlm.evaluation.storyline import chance_levels, frames_at, make_questions, make_story, middle_times, story_seed
+from longvlm.evaluation.storyline import chance_levels, make_questions, make_story, story_seed
 from longvlm.evaluation.storyline.blind import questions_of
 from longvlm.evaluation.storyline.questions import DOES
 from longvlm.evaluation.storyline.scoring import score
 from longvlm.training.features import extract_features
-from longvlm.training.tiny.recipe import FRAME_SIZE, MEAN, STD, gentle_schedule
+from longvlm.training.tiny.recipe import MEAN, METHOD, STD
+from longvlm.training.tiny.story_features import StoryVideos, video_name
 from longvlm.training.train import parse_arguments, train
 from longvlm.training.trainable import PROJECTOR_FILE
 from longvlm.training.trainer import last_whole_checkpoint
 from tests.real_data import RealDataUnavailable, smollm2_gguf
 
-# As longvlm-tiny has them, for a bare encoder; of a LongVLM checkpoint its own are taken.
-METHOD = {
-    "frames_per_segment": 4,
-    "tokens_per_segment": 4,
-    "num_global_layers": 2,
-    "vision_feature_layer": -1,
-    "merge_num_heads": 4,
-    "merge_order": "time",
-    "merge_schedule": gentle_schedule(4, 4),
-}
 # SmolLM2's own turns without the system text that it would add: that would cost 20 tokens of each question.
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
@@ -114,23 +105,6 @@ class Stages:
         os.replace(unfinished, self.file)
 
 
-class StoryVideos(Mapping):
-    """`"train/17"` -> the 18th story of split train, `(frames, 64, 64, 3)` uint8, drawn when it is asked for."""
-
-    def __init__(self, split: str, num_stories: int, num_frames: int):
-        self.split, self.num_stories, self.num_frames = split, num_stories, num_frames
-
-    def __getitem__(self, name: str):
-        story = make_story(story_seed(self.split, int(name.split("/")[1])))
-        return frames_at(story, middle_times(story, self.num_frames), size=FRAME_SIZE)
-
-    def __iter__(self) -> Iterator[str]:
-        return (f"{self.split}/{index}" for index in range(self.num_stories))
-
-    def __len__(self) -> int:
-        return self.num_stories
-
-
 # --- the stages; each returns what is worth knowing ---
 
 
@@ -160,29 +134,29 @@ def put_together(out: Path, vision: Path, language: Path, num_frames: int) -> di
     return {"video_tokens": config.num_video_tokens(num_frames)}
 
 
-def write_rows(out: Path, num_stories: int) -> dict[str, Any]:
+def write_rows(out: Path, num_stories: int, num_frames: int) -> dict[str, Any]:
     """`questions.jsonl`, a question a row: others about the same story would tell what exists; `tales.jsonl`."""
     rows: dict[str, list[dict]] = {"questions": [], "tales": []}
     for index in range(num_stories):
-        story = make_story(story_seed("train", index))
+        story, video = make_story(story_seed("train", index)), video_name("train", index, num_frames)
         for question in make_questions(story):
-            rows["questions"].append(row(index, question.question, question.answer))
+            rows["questions"].append(row(video, question.question, question.answer))
         told = ", ".join(f"{event.object} {DOES[event.action]}" for event in story.events)
         shares = story.scene_shares()
-        rows["tales"].append(row(index, TELL, f"{max(shares, key=shares.__getitem__)}: {told}"))
+        rows["tales"].append(row(video, TELL, f"{max(shares, key=shares.__getitem__)}: {told}"))
     for name, content in rows.items():
         (out / f"{name}.jsonl").write_text("".join(json.dumps(one) + "\n" for one in content), encoding="utf-8")
     return {name: len(content) for name, content in rows.items()}
 
 
-def row(index: int, question: str, answer: str) -> dict[str, Any]:
-    content = [{"type": "video", "video": f"train/{index}"}, {"type": "text", "text": question}]
+def row(video: str, question: str, answer: str) -> dict[str, Any]:
+    content = [{"type": "video", "video": video}, {"type": "text", "text": question}]
     return {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]}
 
 
 def encode(out: Path, num_stories: int, num_frames: int) -> dict[str, Any]:
     model, processor = load(out / "model")
-    videos = StoryVideos("train", num_stories, num_frames)
+    videos = StoryVideos("train", range(num_stories), num_frames)
     options = {"do_sample_frames": False}
     report = extract_features(
         videos, out / "features", model=model, processor=processor, video_options=options, progress=True
@@ -252,7 +226,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "chance": chance_levels(questions_of("test", options.test_stories)),
     }
     stages.do("stages", "assemble", lambda: put_together(out, vision, smollm2_gguf(), options.frames))
-    stages.do("stages", "rows", lambda: write_rows(out, options.stories))
+    stages.do("stages", "rows", lambda: write_rows(out, options.stories, options.frames))
     stages.do("stages", "features", lambda: encode(out, options.stories, options.frames))
     lengths = {
         "projector": (options.projector_steps, options.projector_rate),

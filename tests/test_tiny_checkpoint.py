@@ -11,6 +11,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
 import longvlm
 from longvlm.evaluation import storyline
 from longvlm.evaluation.storyline.scoring import answer_stories, score
+from longvlm.training.tiny.build import measure
 
 FLOOR, FLOOR_LONG = 0.64, 0.50
 
@@ -62,6 +63,17 @@ def test_saved_again_it_brings_its_code(tiny, tmp_path):
     processor.save_pretrained(tmp_path)
     assert (tmp_path / "modeling_longvlm.py").is_file()
     assert "auto_map" in json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+
+
+def test_scores_of_other_weights_are_not_taken(tmp_path):
+    """Else a checkpoint that was trained again would carry the old one's numbers."""
+    folder, file = longvlm.tiny_checkpoint(), tmp_path / "scores.json"
+    assert measure(folder, file, {}) == {}
+    kept = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps({**kept, "results": {"known": 1}}), encoding="utf-8")
+    assert measure(folder, file, {}) == {"known": 1}
+    file.write_text(json.dumps({"weights": "others", "results": {"known": 1}}), encoding="utf-8")
+    assert measure(folder, file, {}) == {}
 
 
 def test_card_tells_the_scores_that_were_measured():

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from longvlm.modeling_longvlm.token_merging import merge_tokens
+from longvlm.training.tiny.recipe import gentle_schedule
 
 NUM_HEADS = 4
 
@@ -89,14 +90,6 @@ def condense(variant: Variant, patches: Tensor, class_tokens: Tensor) -> tuple[T
 def frames_per_token_group(variant: Variant) -> int:
     """Frames that a run of local tokens stands for."""
     return {"frame mean": 10, "spatial + temporal": 2}.get(variant.pooling, variant.k)
-
-
-def gentle_schedule(tokens: int, left: int) -> list[int]:
-    schedule = []
-    while tokens > left:
-        schedule.append(min(max(tokens // 10, 1), tokens - left))
-        tokens -= schedule[-1]
-    return schedule
 
 
 def num_tokens(variant: Variant, num_frames: int = 100, num_patches: int = 64, width: int = 8) -> int:

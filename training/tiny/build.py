@@ -7,6 +7,7 @@ where it was stopped.
 """
 
 import argparse
+import hashlib
 import json
 import platform
 import time
@@ -17,7 +18,7 @@ from pathlib import Path
 
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
-from transformers.utils import logging
+from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
 from longvlm.conversion.output_folder import output_folder
 from longvlm.evaluation.storyline.scoring import score
@@ -84,10 +85,14 @@ class Clock:
 
 
 def build(out: Path, work: Path, *, rounds=ROUNDS, stages=STAGES, stories=STORIES, scores=SCORES) -> None:
-    """Args:
-    out: the checkpoint's folder; replaced when everything is done.
-    work: for what the stages make.
-    rounds, stages, stories, scores: how the encoder and the language model are trained, on what, and what is measured.
+    """Trains, measures and writes the checkpoint; see the module.
+
+    Args:
+        out: the checkpoint's folder; replaced when everything is done.
+        work: folder for what the stages make.
+        rounds, stages: how the encoder and the language model are trained.
+        stories: length in frames -> stories that are encoded.
+        scores: name -> options of `scoring.score`.
     """
     work.mkdir(parents=True, exist_ok=True)
     clock = Clock(work / "seconds.json")
@@ -162,13 +167,14 @@ def leave_code_out(folder: Path) -> None:
 
 
 def measure(checkpoint: Path, file: Path, scores) -> dict:
-    """The scores of the checkpoint as users load it; those in `file`, if it is there."""
-    if file.exists():
-        return json.loads(file.read_text(encoding="utf-8"))
+    """The scores of the checkpoint as users load it; those in `file`, if they are of the same weights."""
+    weights = hashlib.sha256((checkpoint / SAFE_WEIGHTS_NAME).read_bytes()).hexdigest()
+    if file.exists() and (known := json.loads(file.read_text(encoding="utf-8"))).get("weights") == weights:
+        return known["results"]
     model = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype="auto").eval()
     processor = AutoProcessor.from_pretrained(checkpoint)
     results = {name: score(model, processor, "test", progress=True, **options) for name, options in scores.items()}
-    file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    file.write_text(json.dumps({"weights": weights, "results": results}, indent=1) + "\n", encoding="utf-8")
     return results
 
 

@@ -62,8 +62,29 @@ def _texts(num_stories: int) -> Iterable[str]:
             yield f" {' '.join(question.choices)}"
 
 
+def gentle_schedule(tokens: int, tokens_left: int) -> list[int]:
+    """A tenth of the tokens merges in each step: halving forces small objects into what surrounds them."""
+    schedule = []
+    while tokens > tokens_left:
+        schedule.append(min(max(tokens // 10, 1), tokens - tokens_left))
+        tokens -= schedule[-1]
+    return schedule
+
+
+# Fields of `LongVLMConfig`: 100 frames are 25 segments of 4 tokens, and E = 2 global ones.
+METHOD = {
+    "frames_per_segment": 4,
+    "tokens_per_segment": 4,
+    "num_global_layers": 2,
+    "vision_feature_layer": -1,
+    "merge_num_heads": 4,
+    "merge_order": "time",
+    "merge_schedule": gentle_schedule(4 * (FRAME_SIZE // PATCH_SIZE) ** 2, 4),
+}
+
+
 def make_config(vision: CLIPVisionModel, tokenizer, *, width: int = 192, **method) -> LongVLMConfig:
-    """The method's settings: 100 frames are 25 segments of 4 tokens, and E = 2 global ones. `width`: of the LLM."""
+    """The configuration, untrained. `width`: of the LLM; `method`: fields that replace those of `METHOD`."""
     ids = dict(zip(("video_token_id", "video_start_token_id", "video_end_token_id"),
                    tokenizer.convert_tokens_to_ids(list(VIDEO_TOKENS)), strict=True))  # fmt: skip
     text = SmolLM3Config(
@@ -82,29 +103,8 @@ def make_config(vision: CLIPVisionModel, tokenizer, *, width: int = 192, **metho
         no_rope_layers=[1, 1, 1, 1, 0, 0],
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
     )
-    settings = {
-        "frames_per_segment": 4,
-        "tokens_per_segment": 4,
-        "num_global_layers": 2,
-        "vision_feature_layer": -1,
-        "merge_num_heads": 4,
-        "merge_order": "time",
-        "projector_type": "mlp2x_gelu",
-        "vision_chunk_frames": 64,
-        **method,
-    }
-    if "merge_schedule" not in method:
-        settings["merge_schedule"] = gentle_schedule(settings["frames_per_segment"], settings["tokens_per_segment"])
+    settings = {**METHOD, "projector_type": "mlp2x_gelu", "vision_chunk_frames": 64, **method}
     return LongVLMConfig(vision_config=vision.config.to_dict(), text_config=text.to_dict(), **ids, **settings)
-
-
-def gentle_schedule(frames: int, tokens_left: int) -> list[int]:
-    """A tenth of the tokens merges in each step: halving forces small objects into what surrounds them."""
-    tokens, schedule = frames * (FRAME_SIZE // PATCH_SIZE) ** 2, []
-    while tokens > tokens_left:
-        schedule.append(min(max(tokens // 10, 1), tokens - tokens_left))
-        tokens -= schedule[-1]
-    return schedule
 
 
 def make_processor(config: LongVLMConfig, tokenizer, num_frames: int = NUM_FRAMES) -> LongVLMProcessor:

@@ -6,14 +6,15 @@ import torch
 
 from longvlm.evaluation.storyline import KINDS, make_questions, make_story, story_seed
 from longvlm.training.tiny import vision as tiny_vision
-from longvlm.training.tiny.language import LOOKING_LAYER, LanguageWithHeads, train_language
+from longvlm.training.tiny.language import LOOKING_HEADS, LOOKING_LAYER, LanguageWithHeads, train_language
 from longvlm.training.tiny.lessons import IGNORED, Lessons, PromptMaker, load_lessons, pack
 from longvlm.training.tiny.pointing import event_of
-from longvlm.training.tiny.recipe import make_config, make_model, make_processor, make_tokenizer
-from longvlm.training.tiny.segment_truth import HEADS, segment_truth
+from longvlm.training.tiny.recipe import METHOD, make_config, make_model, make_processor, make_tokenizer
+from longvlm.training.tiny.segment_truth import CHANGE, HEADS, NAMED, POSE, segment_events, segment_motion, segment_truth
 from longvlm.training.tiny.story_features import StoryVideos, encode_stories
 
 PLAN = [(2, {12: 1.0})]
+FRAMES, TOKENS = METHOD["frames_per_segment"], METHOD["tokens_per_segment"]
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +26,7 @@ def parts(tmp_path_factory):
     config = make_config(vision, tokenizer)
     processor, model = make_processor(config, tokenizer), make_model(config, vision)
     reader = encode_stories(model, processor, tmp_path_factory.mktemp("features"), StoryVideos("train", range(2), 12))
-    lessons = load_lessons(reader, processor, split="train", frames_per_segment=4, per_kind=2)
+    lessons = load_lessons(reader, processor, split="train", frames_per_segment=FRAMES, per_kind=2)
     return model, processor, lessons
 
 
@@ -89,8 +90,28 @@ def test_segment_truth_tells_what_the_renderer_draws():
                 assert (truth["now_colour"][segment], truth["now_shape"][segment]) == (colour, shape)
         assert truth["number"][-1] == len(story.events)
         assert (truth["number"].diff() >= 0).all()
-        reds = truth["nth_colour"][truth["now_colour"] == COLOURS.index(story.events[-1].colour)]
-        assert reds.max() == sum(event.colour == story.events[-1].colour for event in story.events)
+        assert (truth["news"] == 1).sum() == len(set(segment_events(story, 100, 4).tolist()) - {-1})
+        assert (truth["now_colour"][truth["news"] == 1] < len(COLOURS)).all()
+        assert (truth["now_colour"][truth["news"] == 2] == len(COLOURS)).all()
+
+
+def test_segment_motion_tells_actions_apart():
+    """At the end of an event, what it does has changed most, and nothing else has; so the action follows from it."""
+    axes = {"move left": (0, -1), "move right": (0, 1), "move up": (1, -1), "move down": (1, 1), "grow": (2, 1),
+            "shrink": (2, -1), "appear": (3, 1), "leave": (3, -1), "turn": (4, 1), "blink": (5, 1)}  # fmt: skip
+    seen = set()
+    for index in range(30):
+        story = make_story(story_seed("train", index))
+        motion, events = segment_motion(story, 100, FRAMES), segment_events(story, 100, FRAMES)
+        assert torch.equal(motion.isnan().all(-1), events < 0) and torch.equal(motion.isnan().any(-1), events < 0)
+        for number, event in enumerate(story.events):
+            pose, change = motion[events == number][-1].split([len(POSE), len(CHANGE)])
+            axis, sign = axes[event.action]
+            assert 0.5 < sign * change[axis] < 1.6, (event.action, change)
+            assert torch.cat([change[:axis], change[axis + 1 :]]).abs().max() < 1e-6
+            assert abs(pose[0] - event.x - event.dx) < 0.12 and abs(pose[1] - event.y - event.dy) < 0.12
+            seen.add(event.action)
+    assert len(seen) == len(axes)
 
 
 def test_questions_point_at_the_event_that_holds_their_answer():
@@ -100,7 +121,7 @@ def test_questions_point_at_the_event_that_holds_their_answer():
         for question in make_questions(story, per_kind=3):
             number, asked = event_of(question, story), question.template.split("/")[1]
             if number is None:
-                assert question.kind == "scene" or question.answer in ("no", "zero")
+                assert question.kind in ("scene", "how many") or question.answer == "no"
                 continue
             pointed[question.kind] += 1
             event = story.events[number]
@@ -118,6 +139,26 @@ def test_questions_point_at_the_event_that_holds_their_answer():
             elif question.kind == "did it happen":
                 assert all(word in question.question for word in (event.colour, event.shape))
     assert all(pointed[kind] > 20 for kind in KINDS if kind != "scene"), pointed
+
+
+def test_what_a_question_names_is_there_where_it_points(parts):
+    """So the heads that read a question's end and a segment's end ask both for the same."""
+    prompts, seen = PromptMaker(parts[1]), dict.fromkeys(("after", "before", "what colour"), 0)
+    names = list(NAMED)
+    for index in range(20):
+        story = make_story(story_seed("train", index))
+        truth = segment_truth(story, 100, FRAMES)
+        there = truth[:, [list(HEADS).index(name) for name in names]]
+        events = segment_events(story, 100, FRAMES)
+        for asked in prompts.questions(make_questions(story, per_kind=3), story):
+            assert len(asked.named) == len(names)
+            if asked.kind not in seen:
+                continue
+            at_event = there[events == asked.event][-1].tolist()
+            named = [i for i, name in enumerate(names) if asked.named[i] < NAMED[name] - 1]
+            assert named and all(asked.named[i] == at_event[i] for i in named)
+            seen[asked.kind] += 1
+    assert min(seen.values()) > 20, seen
 
 
 def test_pointing_is_the_attention_that_the_model_really_pays(parts):
@@ -141,8 +182,8 @@ def test_pointing_is_the_attention_that_the_model_really_pays(parts):
                 ids = torch.tensor([prefix + question.ids[: question.prompt_length]])
                 with torch.no_grad():
                     attentions = model(input_ids=ids, video_features=features, output_attentions=True).attentions
-                paid = attentions[LOOKING_LAYER][0, 0, -1, : len(prefix)]  # by the first head, at the prompt's end
-                shares.append(paid[ends].sum() / paid.sum())
+                paid = attentions[LOOKING_LAYER][0, :LOOKING_HEADS, -1, : len(prefix)]  # at the prompt's end
+                shares.append(paid[:, ends].sum(-1) / paid.sum(-1))
     finally:
         model.set_attn_implementation(before)
     assert len(shares) >= 4
@@ -158,9 +199,13 @@ def test_spread_positions_keep_order_and_segments_together(parts):
         for positions, blocks in zip(batch["position_ids"], batch["blocks"], strict=True):
             video = positions[blocks == 0]
             assert (video.diff() >= 1).all()
-            first = len(video) - 1 - 12  # bos, start, two global tokens come before the local ones
-            for start in range(first, first + 12, 4):
-                assert (video[start : start + 4].diff() == 1).all()
+            count = 12 // FRAMES * TOKENS
+            first = len(video) - 1 - count  # bos, start, two global tokens come before the local ones
+            starts = video[first : first + count : TOKENS]
+            for start in range(first, first + count, TOKENS):
+                assert (video[start : start + TOKENS].diff() == 1).all()
+            # The middle of the video stays its middle: "in which quarter" has the same answer.
+            assert starts.diff().max() - starts.diff().min() <= 1
             assert positions[blocks == 1][0] == video[-1] + 1
             largest = max(largest, int(video[-1]))
     assert 150 < largest <= 300 + len(video)

@@ -8,6 +8,7 @@ What keeps an answer from being guessed:
 - only what was drawn with a uniform number can be counted (see `Story.counted`).
 """
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -169,11 +170,11 @@ def _did_it_happen(story: Story, dice: Dice) -> Question | None:
         wordings = ("Is a {0} {1} seen?", "Is there a {0} {1} in the video?", "Does the video show a {0} {1}?")
     else:
         # Of combinations that the split does not have, the answer would always be no.
+        pairs = {pair for combination in happened for pair in _pairs(combination)}
         near = [
             combination
             for combination in combinations_of(story.split)
-            if combination not in happened
-            and any(sum(a == b for a, b in zip(combination, event, strict=True)) == 2 for event in happened)
+            if combination not in happened and not pairs.isdisjoint(_pairs(combination))
         ]
         wordings = ("Does a {0} {1} {2}?", "Is there a {0} {1} that {3}?", "Does the video show that a {0} {1} {3}?")
     pool = sorted(happened) if answer == "yes" else near
@@ -183,6 +184,12 @@ def _did_it_happen(story: Story, dice: Dice) -> Question | None:
     number = dice.below(len(wordings))
     text = wordings[number].format(colour, shape, action, DOES.get(action)).replace("a orange", "an orange")
     return Question(text, answer, "did it happen", f"did it happen/{aspect}/{number}", ("no", "yes"))
+
+
+@functools.cache
+def _pairs(combination: tuple[str, str, str]) -> frozenset[tuple[str | None, ...]]:
+    """The combination without its colour, without its shape, and without its action."""
+    return frozenset((*combination[:i], None, *combination[i + 1 :]) for i in range(3))
 
 
 def _what_colour(story: Story, dice: Dice) -> Question | None:

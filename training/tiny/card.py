@@ -62,9 +62,11 @@ Chance is about 17 %, and so is what can be guessed from the questions (docs/sto
 2. It is frozen; stories are encoded and merged once ({stories}).
 3. Projector and language model learn from the features ({language_training}). Questions about one video are packed
    behind it and cannot see each other. Beside the answers, linear heads that are thrown away afterwards ask the hidden
-   states at each segment's end what is on stage and what came before, and at a question's end what it names; and one
-   attention head is taught to look from there at the event that holds the answer.
-4. For long videos, a part of the short ones is put at spread positions (up to 1,100); in the end lengths are mixed.
+   states at each segment's end what is on stage, how it has moved and changed, and what came before, and at a
+   question's end what it names; three attention heads are taught to look from there at the event that holds the
+   answer, and one to share its attention equally among all that "how many" counts.
+4. For long videos, the positions of a quarter of the short ones are stretched (up to 1,600); in the end lengths are
+   mixed.
 """
 
 

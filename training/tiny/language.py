@@ -10,9 +10,10 @@ from torch.nn import functional as F
 from longvlm.evaluation.storyline import KINDS
 from longvlm.training.tiny.lessons import IGNORED, Group, Lesson, Lessons, Plan, PromptMaker, block_mask, unwrap
 from longvlm.training.tiny.loop import fit, steps_done
-from longvlm.training.tiny.segment_truth import HEADS, KNOWN, NAMED, SEEN
+from longvlm.training.tiny.segment_truth import CHANGE, HEADS, KNOWN, NAMED, POSE, SEEN
 
-SEEN_LAYER, KNOWN_LAYER, LOOKING_LAYER = 2, 4, 4  # hidden states, and the layer that reads the last of them
+SEEN_LAYER, CHANGE_LAYER, KNOWN_LAYER, LOOKING_LAYER = 2, 3, 4, 4  # hidden states, and the layer that reads the last
+LOOKING_HEADS = 3  # of the looking layer: what one head carries is too narrow for all that may be asked
 
 
 class LanguageWithHeads(nn.Module):
@@ -28,6 +29,12 @@ class LanguageWithHeads(nn.Module):
                 for name, sizes in (("seen", SEEN), ("known", KNOWN), ("named", NAMED))
             }
         )
+        self.numbers = nn.ModuleDict(
+            {
+                name: nn.Sequential(nn.LayerNorm(width), nn.Linear(width, len(numbers)))
+                for name, numbers in (("pose", POSE), ("change", CHANGE))
+            }
+        )
 
     def forward(
         self,
@@ -38,12 +45,14 @@ class LanguageWithHeads(nn.Module):
         kinds,
         pointers,
         named,
+        counted,
         local,
         lengths,
         global_,
         segment_ends,
         events,
         truth,
+        motion,
     ):
         outputs = self._run(input_ids, position_ids, blocks, local, lengths, global_)
         wanted = labels[:, 1:]
@@ -57,12 +66,16 @@ class LanguageWithHeads(nn.Module):
             results[name] = right[kind == number].mean()
         if self.scaffold and truth.shape[1]:
             losses = self._scaffold(outputs.hidden_states, segment_ends, truth)
-            results["loss"] = results["loss"] + self.scaffold * torch.stack(list(losses.values())).mean()
+            # What an object does takes longest to learn.
+            total = torch.stack(list(losses.values())).sum() + 2 * losses["now_action"]
+            results["loss"] = results["loss"] + self.scaffold * 0.2 * total
             results |= losses
             pointing = self._pointing(outputs.hidden_states[LOOKING_LAYER], blocks, pointers, segment_ends, events)
+            counting = self._counting(outputs.hidden_states[LOOKING_LAYER], blocks, counted, segment_ends, events)
             naming = self._naming(outputs.hidden_states[LOOKING_LAYER], named, segment_ends, truth)
-            results["loss"] = results["loss"] + self.scaffold * (pointing + naming)
-            results |= {"pointing": pointing, "naming": naming}
+            pose, change = self._motion(outputs.hidden_states, segment_ends, motion)
+            results["loss"] = results["loss"] + self.scaffold * (pointing + counting + naming + 2 * pose + 4 * change)
+            results |= {"pointing": pointing, "counting": counting, "naming": naming, "pose": pose, "change": change}
         return results
 
     @torch.no_grad()
@@ -93,31 +106,67 @@ class LanguageWithHeads(nn.Module):
         )
 
     def _pointing(self, states: Tensor, blocks: Tensor, pointers: Tensor, ends: Tensor, events: Tensor) -> Tensor:
-        """How surely the first head of the looking layer looks at the right event: minus the log of its share there,
-        among all that it gives the video. The layer has no rotary positions: this is its real attention."""
+        """How surely the first heads of the looking layer look at the right event: minus the log of its share there,
+        among all that they give the video. The layer has no rotary positions: this is its real attention."""
+        # The event of each token: only the last token of a segment knows all of it.
+        of_token = torch.full_like(blocks, -3).scatter(1, ends, events)
+        rows, places = (pointers >= 0).nonzero(as_tuple=True)
+        right = of_token[rows] == pointers[rows, places, None]  # (questions, length)
+        asked = right.any(-1)
+        rows, places, right = rows[asked], places[asked], right[asked]
+        log_shares = self._log_shares(states, blocks, rows, places, slice(0, LOOKING_HEADS))
+        return -log_shares.masked_fill(~right[..., None], float("-inf")).logsumexp(1).mean()
+
+    def _counting(self, states: Tensor, blocks: Tensor, counted: Tensor, ends: Tensor, events: Tensor) -> Tensor:
+        """How far the next head is from looking equally at all that is counted and at the first token (a divergence).
+
+        Anywhere from the beginning of an event to that of the next counts as looking at it."""
+        latest = torch.where(events == -2, events, events.cummax(1).values)
+        of_token = torch.full_like(blocks, -3).scatter(1, ends, latest)
+        rows, places = (counted[..., 0] >= 0).nonzero(as_tuple=True)
+        log_shares = self._log_shares(states, blocks, rows, places, slice(LOOKING_HEADS, LOOKING_HEADS + 1))[..., 0]
+        numbers = torch.arange(counted.shape[-1], device=blocks.device)
+        inside = of_token[rows][:, None, :] == numbers[:, None]  # (questions, events, length)
+        wanted = (counted[rows, places] == 1) & inside.any(-1)
+        of_event = log_shares[:, None].masked_fill(~(inside & wanted[..., None]), float("-inf")).logsumexp(-1)
+        count = wanted.sum(-1) + 1
+        said = log_shares[:, 0] + of_event.masked_fill(~wanted, 0.0).sum(-1)
+        return (-said / count - count.log()).sum() / max(len(rows), 1)
+
+    def _log_shares(self, states: Tensor, blocks: Tensor, rows: Tensor, places: Tensor, heads: slice) -> Tensor:
+        """`(questions, length, heads)`: the log of what the looking layer's heads give each token of the video, from
+        these places of these rows. The layer has no rotary positions: this is its real attention."""
         layer = self.model.model.language_model.layers[LOOKING_LAYER]
         size = layer.self_attn.head_dim
         states = layer.input_layernorm(states)
-        queries, keys = layer.self_attn.q_proj(states)[..., :size], layer.self_attn.k_proj(states)[..., :size]
-        scores = (queries @ keys.mT).float() * size**-0.5  # (batch, length, length)
-        # The event of each token: only the last token of a segment knows all of it.
-        of_token = torch.full_like(blocks, -3).scatter(1, ends, events)
-        right = (of_token[:, None, :] == pointers[:, :, None]) & (pointers >= 0)[:, :, None]
-        asked = right.any(-1)
-        log_shares = scores.masked_fill((blocks != 0)[:, None, :], float("-inf")).log_softmax(-1)
-        return -log_shares.masked_fill(~right, float("-inf"))[asked].logsumexp(-1).mean()
+        queries = layer.self_attn.q_proj(states[rows, places]).unflatten(-1, (-1, size))[:, None, heads]
+        keys = layer.self_attn.k_proj(states).unflatten(-1, (-1, size))[:, :, heads]
+        scores = (queries * keys[rows]).sum(-1).float() * size**-0.5
+        return scores.masked_fill((blocks[rows] != 0)[..., None], float("-inf")).log_softmax(1)
 
     def _naming(self, states: Tensor, named: Tensor, ends: Tensor, truth: Tensor) -> Tensor:
         """The same heads read what a question names at its end, and what is there at a segment's end."""
         at_ends = states.gather(1, ends[..., None].expand(-1, -1, states.shape[-1]))
         names = list(HEADS)
-        there = truth[..., [names.index(f"now_{name}") for name in NAMED]]
+        there = truth[..., [names.index(name) for name in NAMED]]
         asked = (named != IGNORED).all(-1)
         losses = []
         for where, wanted in ((at_ends.flatten(0, 1), there.flatten(0, 1)), (states[asked], named[asked])):
             logits = self.heads["named"](where).float().split(list(NAMED.values()), dim=-1)
             losses += [F.cross_entropy(some, wanted[:, i], ignore_index=IGNORED) for i, some in enumerate(logits)]
         return torch.stack(losses).mean()
+
+    def _motion(self, hidden_states: Sequence[Tensor], ends: Tensor, motion: Tensor) -> list[Tensor]:
+        """Mean squared errors of pose and change."""
+        losses, there = [], ~motion[..., 0].isnan()
+        for name, layer, wanted in zip(
+            self.numbers, (SEEN_LAYER, CHANGE_LAYER), motion.split([len(POSE), len(CHANGE)], -1), strict=True
+        ):
+            states = hidden_states[layer]
+            at_ends = states.gather(1, ends[..., None].expand(-1, -1, states.shape[-1]))
+            errors = (self.numbers[name](at_ends[there]).float() - wanted[there]).square()
+            losses.append(errors.sum() / max(errors.numel(), 1))
+        return losses
 
     def _scaffold(self, hidden_states: Sequence[Tensor], ends: Tensor, truth: Tensor) -> dict[str, Tensor]:
         said: dict[str, Tensor] = {}

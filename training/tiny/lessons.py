@@ -19,35 +19,39 @@ from torch.utils.data import IterableDataset
 
 from longvlm.evaluation.storyline import KINDS, Question, Story, make_questions
 from longvlm.training.tiny.pieces import cut_story, windows_of
-from longvlm.training.tiny.pointing import event_of, named_in
-from longvlm.training.tiny.segment_truth import FIELDS, segment_events, segment_truth
+from longvlm.training.tiny.pointing import counted_in, event_of, named_in
+from longvlm.training.tiny.segment_truth import FIELDS, MOST, NAMED, segment_events, segment_motion, segment_truth
 from longvlm.training.tiny.story_features import story_of
 
 TOKENS_A_STEP = 2000  # of video, in all stories of a step
-MOST_STORIES = 32
+MOST_STORIES = 12
 IGNORED = -100
+NOT_COUNTED = [-1] * MOST
 Group = int | str
 Plan = Sequence[tuple[int, Mapping[Group, float]]]
 
 
 class Asked(NamedTuple):
-    """A question. `ids`: prompt and answer after the video. `event`: where the answer is, -1: nowhere. `named`: the
-    numbers of colour, shape and action that it names, as in `segment_truth.NAMED`."""
+    """A question. `ids`: prompt and answer after the video. `event`: where the answer is, -1: nowhere. `named`: what
+    is there where the answer is, as far as the question names it; numbers in the order of `segment_truth.NAMED`.
+    `counted`: 1 for each event that "how many" counts, else 0; all -1 for other kinds."""
 
     kind: str
     ids: list[int]
     prompt_length: int
     event: int
     named: list[int]
+    counted: list[int]
 
 
 @dataclass
 class Lesson:
-    """One story, encoded. `events`: of each segment, see `segment_events`."""
+    """One story, encoded. `truth`, `motion`, `events` of each segment: see `segment_truth`."""
 
     local: Tensor  # (L, d)
     global_: Tensor  # (E, d)
     truth: Tensor  # (segments, heads)
+    motion: Tensor  # (segments, numbers)
     events: Tensor  # (segments,)
     questions: list[Asked]
 
@@ -81,7 +85,12 @@ class PromptMaker:
             event = event_of(question, story)
             words = named_in(question.question)
             named = [values.index(words[name]) if name in words else len(values) for name, values in FIELDS]
-            asked.append(Asked(question.kind, prompt + answer, len(prompt), -1 if event is None else event, named))
+            nothing = [len(values) for _, values in FIELDS]
+            named = [*nothing, *named] if question.kind == "after" else [*named, *nothing]
+            numbers = counted_in(question, story)
+            counted = NOT_COUNTED if numbers is None else [int(i in numbers) for i in range(MOST)]
+            where = -1 if event is None else event
+            asked.append(Asked(question.kind, prompt + answer, len(prompt), where, named, counted))
         return asked
 
 
@@ -91,6 +100,7 @@ def make_lesson(story: Story, features, prompts: PromptMaker, *, num_frames: int
         features.local_features.half(),
         features.global_features.half(),
         segment_truth(story, num_frames, frames_per_segment),
+        segment_motion(story, num_frames, frames_per_segment),
         segment_events(story, num_frames, frames_per_segment),
         prompts.questions(make_questions(story, per_kind=per_kind), story),
     )
@@ -112,6 +122,7 @@ def make_windows(story: Story, features, prompts: PromptMaker, *, num_frames: in
             features.local_features[start * tokens : end * tokens].half(),
             features.global_features.half(),
             segment_truth(piece, (end - start) * frames_per_segment, frames_per_segment),
+            segment_motion(piece, (end - start) * frames_per_segment, frames_per_segment),
             segment_events(piece, (end - start) * frames_per_segment, frames_per_segment),
             prompts.questions(make_questions(piece, kinds=kinds, per_kind=per_kind), piece),
         )
@@ -130,13 +141,13 @@ class Lessons(IterableDataset):
         num_questions: about each story.
         weights: kind of question -> how often it is asked for, in proportion.
         tokens_a_step: tokens of video in a step, which says how many stories it takes; or `stories_a_step`.
-        spread: the part of the batches whose segments lie at random positions, up to `max_position`: so that positions
-            of long videos are known before the videos are.
+        spread: the part of the batches whose segments lie further from each other, as far as a video of
+            `max_position` tokens reaches: so that positions of long videos are known before the videos are.
     """
 
     def __init__(self, lessons: Mapping[Group, Sequence[Lesson]], plan: Plan, prompts: PromptMaker, *,
                  first_step: int = 0, num_questions: int = 14, weights: Mapping[str, float] | None = None,
-                 spread: float = 0.0, max_position: int = 1100, tokens_a_step: int = TOKENS_A_STEP,
+                 spread: float = 0.0, max_position: int = 1600, tokens_a_step: int = TOKENS_A_STEP,
                  stories_a_step: int | None = None, seed: int = 0):  # fmt: skip
         self.lessons, self.plan, self.prompts, self.first_step = lessons, plan, prompts, first_step
         self.num_questions, self.weights = num_questions, weights or {}
@@ -178,14 +189,14 @@ class Lessons(IterableDataset):
 
     @staticmethod
     def _gaps(lesson: Lesson, room: int, dice) -> np.ndarray:
-        """Positions left out before each segment and after the last, int."""
+        """Positions left out before each segment and after the last, int: about as many each time, so that the
+        middle of the video stays its middle."""
         segments = len(lesson.truth)
         free = room - len(lesson.local)
         if free <= 0:
             return np.zeros(segments + 1, int)
-        free = int(free * dice.random())
-        cuts = np.sort(dice.integers(0, free + 1, segments))
-        return np.diff(np.concatenate([[0], cuts, [free]]))
+        ends = np.arange(segments + 2) / (segments + 1) * int(free * dice.random())
+        return np.diff(ends.round().astype(int))
 
 
 def pack(lessons: Sequence[Lesson], questions: Sequence[list], prompts: PromptMaker, gaps=None) -> dict[str, Tensor]:
@@ -194,13 +205,14 @@ def pack(lessons: Sequence[Lesson], questions: Sequence[list], prompts: PromptMa
     Returns:
         `input_ids`, `position_ids`, `blocks`, `labels`, `kinds`, all `(batch, length)` int64. `blocks`: 0 the video,
         then 1, 2, ... the questions, -1 padding. `kinds`: of the label, -1 elsewhere.
-        `pointers`: at the end of a prompt the event that it is about, -1 elsewhere. `local` `(batch, L, d)`,
-        padded, and `lengths` `(batch,)`; `global_` `(batch, E, d)`; `segment_ends` `(batch, segments)`: places of the
-        segments' last tokens; `truth` `(batch, segments, heads)`, -100 in padding.
+        `pointers`: at the end of a prompt the event that it is about, -1 elsewhere; `named` and `counted` `(batch,
+        length, ...)` there: see `Asked`. `local` `(batch, L, d)`, padded, and `lengths` `(batch,)`; `global_` `(batch, E, d)`; `segment_ends` `(batch, segments)`: places of the
+        segments' last tokens; `truth` `(batch, segments, heads)`, -100 in padding; `motion` `(batch, segments,
+        numbers)`, NaN in padding.
     """
     fill: dict = {"input_ids": 0, "position_ids": 0, "blocks": -1, "labels": IGNORED, "kinds": -1, "pointers": -1}
-    no_name = [IGNORED] * len(FIELDS)
-    fill["named"] = no_name
+    no_name = [IGNORED] * len(NAMED)
+    fill |= {"named": no_name, "counted": NOT_COUNTED}
     rows: dict[str, list[list]] = {name: [] for name in fill}
     ends = []
     for number, (lesson, asked) in enumerate(zip(lessons, questions, strict=True)):
@@ -222,9 +234,10 @@ def pack(lessons: Sequence[Lesson], questions: Sequence[list], prompts: PromptMa
             "kinds": [-1] * len(prefix),
             "pointers": [-1] * len(prefix),
             "named": [no_name] * len(prefix),
+            "counted": [NOT_COUNTED] * len(prefix),
         }
         begin = int(positions[-1]) + 1
-        for block, (kind, ids, prompt_length, event, named) in enumerate(asked, start=1):
+        for block, (kind, ids, prompt_length, event, named, counted) in enumerate(asked, start=1):
             answer = len(ids) - prompt_length
             row["input_ids"] += ids
             row["position_ids"] += range(begin, begin + len(ids))
@@ -233,6 +246,7 @@ def pack(lessons: Sequence[Lesson], questions: Sequence[list], prompts: PromptMa
             row["kinds"] += [-1] * prompt_length + [KINDS.index(kind)] * answer
             row["pointers"] += [-1] * (prompt_length - 1) + [event] + [-1] * answer
             row["named"] += [no_name] * (prompt_length - 1) + [named] + [no_name] * answer
+            row["counted"] += [NOT_COUNTED] * (prompt_length - 1) + [counted] + [NOT_COUNTED] * answer
         for name, values in row.items():
             rows[name].append(values)
     length = max(map(len, rows["input_ids"]))
@@ -247,6 +261,7 @@ def pack(lessons: Sequence[Lesson], questions: Sequence[list], prompts: PromptMa
         "global_": torch.stack([one.global_ for one in lessons]),
         "segment_ends": pad_sequence(ends, batch_first=True),
         "events": pad_sequence([one.events for one in lessons], batch_first=True, padding_value=-2),
+        "motion": pad_sequence([one.motion for one in lessons], batch_first=True, padding_value=float("nan")),
         "truth": pad_sequence([one.truth for one in lessons], batch_first=True, padding_value=IGNORED),
     }
 

@@ -1,8 +1,9 @@
 """Which event a question is about: the language model is shown where to look.
 
 Finding in the video what a question names is the hardest thing to learn: until attention finds it by chance, the
-answer teaches nothing. So one attention head of one layer is taught, while training, to look from the end of a
-question at the event that holds the answer.
+answer teaches nothing. So some attention heads of one layer are taught, while training, to look from the end of a
+question at the event that holds the answer. Another is taught to count: to share its attention equally among all events
+that are counted and the first token of all, so that n events leave 1 / (n + 1) for that one.
 """
 
 import re
@@ -30,19 +31,26 @@ def event_of(question: Question, story: Story) -> int | None:
     """The number of the event where the answer is to be read, or `None` where there is no such event.
 
     "before" is read at the event that is named, which knows what came before it; "after" at the one that follows; "how
-    many" at the last that is counted, which knows as how many-th it came.
+    many in all" at the last, which knows its own number.
     """
     last = len(story.events) - 1
     if question.kind in ("first", "last"):
         return 0 if question.kind == "first" else last
     named = named_in(question.question)
-    if question.kind == "scene" or question.answer == "no":
+    if question.kind == "scene" or question.answer == "no" or (question.kind == "how many" and named):
         return None
-    matching = [
-        i for i, event in enumerate(story.events) if all(getattr(event, field) == named[field] for field in named)
-    ]
+    matching = _matching(named, story)
     if not matching:
         return None
     if question.kind == "how many":
-        return matching[-1]
+        return last
     return matching[0] + (question.kind == "after")
+
+
+def counted_in(question: Question, story: Story) -> list[int] | None:
+    """The numbers of the events that are counted, or `None` where nothing is."""
+    return _matching(named_in(question.question), story) if question.kind == "how many" else None
+
+
+def _matching(named: dict[str, str], story: Story) -> list[int]:
+    return [i for i, event in enumerate(story.events) if all(getattr(event, field) == named[field] for field in named)]

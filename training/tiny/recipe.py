@@ -71,15 +71,16 @@ def gentle_schedule(tokens: int, tokens_left: int) -> list[int]:
     return schedule
 
 
-# Fields of `LongVLMConfig`: 100 frames are 25 segments of 4 tokens, and E = 2 global ones.
+# Fields of `LongVLMConfig`: 100 frames are 50 segments of 3 tokens, and E = 2 global ones. What an object does is seen
+# between segments, for all its patches in a segment become one token: so segments are short.
 METHOD = {
-    "frames_per_segment": 4,
-    "tokens_per_segment": 4,
+    "frames_per_segment": 2,
+    "tokens_per_segment": 3,
     "num_global_layers": 2,
     "vision_feature_layer": -1,
     "merge_num_heads": 4,
     "merge_order": "time",
-    "merge_schedule": gentle_schedule(4 * (FRAME_SIZE // PATCH_SIZE) ** 2, 4),
+    "merge_schedule": gentle_schedule(2 * (FRAME_SIZE // PATCH_SIZE) ** 2, 3),
 }
 
 

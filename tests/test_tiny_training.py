@@ -10,7 +10,15 @@ from longvlm.training.tiny.language import LOOKING_HEADS, LOOKING_LAYER, Languag
 from longvlm.training.tiny.lessons import IGNORED, Lessons, PromptMaker, load_lessons, pack
 from longvlm.training.tiny.pointing import event_of
 from longvlm.training.tiny.recipe import METHOD, make_config, make_model, make_processor, make_tokenizer
-from longvlm.training.tiny.segment_truth import CHANGE, HEADS, NAMED, POSE, segment_events, segment_motion, segment_truth
+from longvlm.training.tiny.segment_truth import (
+    CHANGE,
+    HEADS,
+    NAMED,
+    POSE,
+    segment_events,
+    segment_motion,
+    segment_truth,
+)
 from longvlm.training.tiny.story_features import StoryVideos, encode_stories
 
 PLAN = [(2, {12: 1.0})]

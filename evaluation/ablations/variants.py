@@ -47,7 +47,9 @@ VARIANTS: Sequence[Variant] = (
     Variant("m30", "M = 30", m=30),
     Variant("k5", "K = 5, M = 5 (as many tokens)", k=5, m=5),
     Variant("k20", "K = 20, M = 20 (as many tokens)", k=20, m=20),
-    Variant("tiny", "as longvlm-tiny: K = 2, M = 3, gentle, in order of time", k=2, m=3, e=2, gentle=True, order="time"),
+    Variant(
+        "tiny", "as longvlm-tiny: K = 2, M = 3, gentle, in order of time", k=2, m=3, e=2, gentle=True, order="time"
+    ),
 )
 
 

@@ -25,7 +25,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME, logging
 from longvlm.conversion.output_folder import output_folder
 from longvlm.evaluation.storyline.scoring import score
 from longvlm.training.tiny.card import card_text
-from longvlm.training.tiny.language import LanguageWithHeads, train_language
+from longvlm.training.tiny.language import LanguageWithHeads, is_trained, train_language
 from longvlm.training.tiny.lessons import Plan, load_lessons, window_group
 from longvlm.training.tiny.recipe import make_config, make_model, make_processor, make_tokenizer
 from longvlm.training.tiny.story_features import StoryVideos, encode_stories
@@ -49,10 +49,10 @@ STORIES = {100: 3000, 200: 150, 400: 80, 1000: 60}
 FEW = window_group(4)
 # First to see, on whole stories; then also windows of few events, which are cheap and ask for others.
 SHORT: Plan = ((300, {100: 1.0}), (1700, {100: 0.75, FEW: 0.25}))
-LONG: Plan = ((500, {100: 0.7, 200: 0.1, 400: 0.1, 1000: 0.1}),)
+LONG: Plan = ((900, {100: 0.7, 200: 0.1, 400: 0.1, 1000: 0.1}),)
 STAGES = (
     Stage("language model, 100 frames", (100,), SHORT, 1.5e-3, spread=0.25, windows=(4,)),
-    Stage("language model, all lengths", (100, 200, 400, 1000), LONG, 7e-4, spread=0.0),
+    Stage("language model, all lengths", (100, 200, 400, 1000), LONG, 1e-3, spread=0.0),
 )
 # What takes longest to learn is asked most.
 WEIGHTS = {"before": 1.5, "after": 2.5, "how many": 2.5, "which action": 1.5, "when": 1.5, "did it happen": 2.0}
@@ -105,14 +105,16 @@ def build(out: Path, work: Path, *, rounds=ROUNDS, stages=STAGES, stories=STORIE
             with clock.time(f"features of {length:,} frames"):
                 videos = StoryVideos("train", range(stories[length]), length)
                 features = encode_stories(model, processor, work / f"features-{length}", videos)
-                lessons |= load_lessons(
-                    features,
-                    processor,
-                    split="train",
-                    per_kind=8,
-                    frames_per_segment=config.frames_per_segment,
-                    windows=stage.windows,
-                )
+            if not is_trained(work / f"language-{number}"):
+                with clock.time(f"questions about {length:,} frames"):
+                    lessons |= load_lessons(
+                        features,
+                        processor,
+                        split="train",
+                        per_kind=8,
+                        frames_per_segment=config.frames_per_segment,
+                        windows=stage.windows,
+                    )
         with clock.time(stage.name):
             train_language(
                 learner,

@@ -181,6 +181,13 @@ class LanguageWithHeads(nn.Module):
         }
 
 
+_TRAINED = "trained.pt"
+
+
+def is_trained(folder: Path) -> bool:
+    return (folder / _TRAINED).exists()
+
+
 def train_language(
     learner: LanguageWithHeads,
     processor,
@@ -199,9 +206,8 @@ def train_language(
         folder: keeps checkpoints, and at the end the weights.
         options: of `Lessons`.
     """
-    done = folder / "trained.pt"
-    if done.exists():
-        learner.load_state_dict(torch.load(done, weights_only=True))
+    if is_trained(folder):
+        learner.load_state_dict(torch.load(folder / _TRAINED, weights_only=True))
         return
     dataset = Lessons(lessons, plan, PromptMaker(processor), first_step=steps_done(folder), seed=seed, **options)
     fit(
@@ -215,4 +221,4 @@ def train_language(
         seed=seed,
     )
     torch.save(learner.state_dict(), folder / "unfinished.pt")
-    (folder / "unfinished.pt").rename(done)
+    (folder / "unfinished.pt").rename(folder / _TRAINED)

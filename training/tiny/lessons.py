@@ -206,9 +206,10 @@ def pack(lessons: Sequence[Lesson], questions: Sequence[list], prompts: PromptMa
         `input_ids`, `position_ids`, `blocks`, `labels`, `kinds`, all `(batch, length)` int64. `blocks`: 0 the video,
         then 1, 2, ... the questions, -1 padding. `kinds`: of the label, -1 elsewhere.
         `pointers`: at the end of a prompt the event that it is about, -1 elsewhere; `named` and `counted` `(batch,
-        length, ...)` there: see `Asked`. `local` `(batch, L, d)`, padded, and `lengths` `(batch,)`; `global_` `(batch, E, d)`; `segment_ends` `(batch, segments)`: places of the
-        segments' last tokens; `truth` `(batch, segments, heads)`, -100 in padding; `motion` `(batch, segments,
-        numbers)`, NaN in padding.
+        length, ...)` there: see `Asked`. `local` `(batch, L, d)`, padded, and `lengths` `(batch,)`; `global_` `(batch,
+        E, d)`; `segment_ends` `(batch, segments)`: places of the segments' last tokens; `events` `(batch, segments)`,
+        -2 in padding; `truth` `(batch, segments, heads)`, -100 in padding; `motion` `(batch, segments, numbers)`, NaN
+        in padding.
     """
     fill: dict = {"input_ids": 0, "position_ids": 0, "blocks": -1, "labels": IGNORED, "kinds": -1, "pointers": -1}
     no_name = [IGNORED] * len(NAMED)

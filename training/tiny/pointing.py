@@ -2,8 +2,8 @@
 
 Finding in the video what a question names is the hardest thing to learn: until attention finds it by chance, the
 answer teaches nothing. So some attention heads of one layer are taught, while training, to look from the end of a
-question at the event that holds the answer. Another is taught to count: to share its attention equally among all events
-that are counted and the first token of all, so that n events leave 1 / (n + 1) for that one.
+question at the event that holds the answer. Another is taught to count: to share its attention equally among all
+events that are counted and the first token of all, so that n events leave 1 / (n + 1) for that one.
 """
 
 import re

@@ -53,8 +53,8 @@ def segment_truth(story: Story, num_frames: int, frames_per_segment: int) -> Ten
     """`(segments, heads)` int64 in the order of `HEADS`; -100 where the question has no answer yet.
 
     `now_*`: the event in most of the segment's frames, or "none" (the last number). `before_*`: the event before it.
-    `number`: how many events have begun. `news`: 1 where an event begins, 2 where one has ended and none began, else 0.
-    `most_scene`: the scene of most of the video so far.
+    `number`: how many events have begun. `news`: 1 where an event begins, 2 where one has ended and none began, else
+    0. `most_scene`: the scene of most of the video so far.
     """
     times = middle_times(story, num_frames)
     events = segment_events(story, num_frames, frames_per_segment).tolist()

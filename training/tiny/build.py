@@ -142,7 +142,7 @@ def build(out: Path, work: Path, *, rounds=ROUNDS, stages=STAGES, stories=STORIE
         "seconds": clock.seconds,
         "vision_training": f"{sum(one.steps for one in rounds):,} steps of 96 frames",
         "stories": lengths,
-        "language_training": f"{sum(n for stage in stages for n, _ in stage.plan):,} steps of about 20 stories",
+        "language_training": f"{sum(n for stage in stages for n, _ in stage.plan):,} steps of about 13 stories",
     }
     with output_folder(out, overwrite=True) as folder:
         model.save_pretrained(folder)

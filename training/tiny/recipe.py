@@ -73,14 +73,15 @@ def gentle_schedule(tokens: int, tokens_left: int) -> list[int]:
 
 # Fields of `LongVLMConfig`: 100 frames are 50 segments of 3 tokens, and E = 2 global ones. What an object does is seen
 # between segments, for all its patches in a segment become one token: so segments are short.
+K, M = 2, 3
 METHOD = {
-    "frames_per_segment": 2,
-    "tokens_per_segment": 3,
+    "frames_per_segment": K,
+    "tokens_per_segment": M,
     "num_global_layers": 2,
     "vision_feature_layer": -1,
     "merge_num_heads": 4,
     "merge_order": "time",
-    "merge_schedule": gentle_schedule(2 * (FRAME_SIZE // PATCH_SIZE) ** 2, 3),
+    "merge_schedule": gentle_schedule(K * (FRAME_SIZE // PATCH_SIZE) ** 2, M),
 }
 
 

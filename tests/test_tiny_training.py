@@ -5,10 +5,11 @@ import pytest
 import torch
 
 from longvlm.evaluation.storyline import KINDS, make_questions, make_story, story_seed
+from longvlm.evaluation.storyline.questions import NUMBERS
 from longvlm.training.tiny import vision as tiny_vision
 from longvlm.training.tiny.language import LOOKING_HEADS, LOOKING_LAYER, LanguageWithHeads, train_language
 from longvlm.training.tiny.lessons import IGNORED, Lessons, PromptMaker, load_lessons, pack
-from longvlm.training.tiny.pointing import event_of
+from longvlm.training.tiny.pointing import counted_in, event_of
 from longvlm.training.tiny.recipe import METHOD, make_config, make_model, make_processor, make_tokenizer
 from longvlm.training.tiny.segment_truth import (
     CHANGE,
@@ -106,7 +107,7 @@ def test_segment_truth_tells_what_the_renderer_draws():
 def test_segment_motion_tells_actions_apart():
     """At the end of an event, what it does has changed most, and nothing else has; so the action follows from it."""
     axes = {"move left": (0, -1), "move right": (0, 1), "move up": (1, -1), "move down": (1, 1), "grow": (2, 1),
-            "shrink": (2, -1), "appear": (3, 1), "leave": (3, -1), "turn": (4, 1), "blink": (5, 1)}  # fmt: skip
+            "shrink": (2, -1), "turn": (3, 1), "appear": (4, 1), "leave": (4, -1), "blink": (5, 1)}  # fmt: skip
     seen = set()
     for index in range(30):
         story = make_story(story_seed("train", index))
@@ -123,13 +124,16 @@ def test_segment_motion_tells_actions_apart():
 
 
 def test_questions_point_at_the_event_that_holds_their_answer():
-    pointed = dict.fromkeys(KINDS, 0)
+    pointed, counts = dict.fromkeys(KINDS, 0), set()
     for index in range(60):
         story = make_story(story_seed("train", index))
         for question in make_questions(story, per_kind=3):
             number, asked = event_of(question, story), question.template.split("/")[1]
             if number is None:
                 assert question.kind in ("scene", "how many") or question.answer == "no"
+                if question.kind == "how many":  # "in all" is read at the last event, others are counted
+                    assert asked != "all" and NUMBERS[len(counted_in(question, story))] == question.answer
+                    counts.add(question.answer)
                 continue
             pointed[question.kind] += 1
             event = story.events[number]
@@ -147,6 +151,7 @@ def test_questions_point_at_the_event_that_holds_their_answer():
             elif question.kind == "did it happen":
                 assert all(word in question.question for word in (event.colour, event.shape))
     assert all(pointed[kind] > 20 for kind in KINDS if kind != "scene"), pointed
+    assert counts == set(NUMBERS[:5])
 
 
 def test_what_a_question_names_is_there_where_it_points(parts):
@@ -169,33 +174,49 @@ def test_what_a_question_names_is_there_where_it_points(parts):
     assert min(seen.values()) > 20, seen
 
 
-def test_pointing_is_the_attention_that_the_model_really_pays(parts):
+def test_pointing_and_counting_are_the_attention_that_the_model_really_pays(parts):
     model, processor, lessons = parts
     story_lessons, prompts = lessons[12], PromptMaker(processor)
-    batch = pack(story_lessons, [one.questions[:6] for one in story_lessons], prompts)
+    asked = [
+        [*lesson.questions[:6], *(one for one in lesson.questions if one.kind == "how many")]
+        for lesson in story_lessons
+    ]
+    batch = pack(story_lessons, asked, prompts)
     learner = LanguageWithHeads(model)
-    with torch.no_grad():
-        told = learner(**batch)["pointing"]
+    results = learner(**batch)
+    results["counting"].backward()
+    assert all(p.grad.isfinite().all() for p in learner.parameters() if p.grad is not None)
     before = model.config._attn_implementation
     model.set_attn_implementation("eager")
-    shares = []
+    pointing, counting = [], []
     try:
         for row, lesson in enumerate(story_lessons):
             features = {"local_features": (lesson.local.float(),), "global_features": lesson.global_[None].float()}
             prefix = prompts.prefix(len(lesson.local) + len(lesson.global_))
-            for question in lesson.questions[:6]:
-                ends = batch["segment_ends"][row][lesson.events == question.event]
-                if question.event < 0 or not len(ends):
-                    continue
+            ends = batch["segment_ends"][row]
+            latest = lesson.events.cummax(0).values
+            for question in asked[row]:
                 ids = torch.tensor([prefix + question.ids[: question.prompt_length]])
                 with torch.no_grad():
                     attentions = model(input_ids=ids, video_features=features, output_attentions=True).attentions
-                paid = attentions[LOOKING_LAYER][0, :LOOKING_HEADS, -1, : len(prefix)]  # at the prompt's end
-                shares.append(paid[:, ends].sum(-1) / paid.sum(-1))
+                paid = attentions[LOOKING_LAYER][0, :, -1, : len(prefix)]  # at the prompt's end
+                shares = paid / paid.sum(-1, keepdim=True)
+                if question.event >= 0 and (there := lesson.events == question.event).any():
+                    pointing.append(-shares[:LOOKING_HEADS, ends[there]].sum(-1).log())
+                if question.kind == "how many":
+                    counted = [i for i, hit in enumerate(question.counted) if hit == 1 and (latest == i).any()]
+                    masses = [
+                        shares[LOOKING_HEADS, 0],
+                        *(shares[LOOKING_HEADS, ends[latest == i]].sum() for i in counted),
+                    ]
+                    equal = 1 / len(masses)
+                    counting.append(sum(equal * (equal / mass).log() for mass in masses))
     finally:
         model.set_attn_implementation(before)
-    assert len(shares) >= 4
-    torch.testing.assert_close(told, -torch.stack(shares).log().mean(), rtol=1e-3, atol=1e-3)
+        model.zero_grad()
+    assert len(pointing) >= 4 and len(counting) >= 3
+    torch.testing.assert_close(results["pointing"].detach(), torch.stack(pointing).mean(), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(results["counting"].detach(), torch.stack(counting).mean(), rtol=1e-3, atol=1e-3)
 
 
 def test_spread_positions_keep_order_and_segments_together(parts):

@@ -94,41 +94,42 @@ class PromptMaker:
         return asked
 
 
-def make_lesson(story: Story, features, prompts: PromptMaker, *, num_frames: int, frames_per_segment: int,
-                per_kind: int) -> Lesson:  # fmt: skip
+def make_lesson(story: Story, local: Tensor, global_: Tensor, prompts: PromptMaker, *, num_frames: int,
+                frames_per_segment: int, per_kind: int, kinds: Sequence[str] = KINDS) -> Lesson:  # fmt: skip
+    """The lesson of a story of `num_frames` frames. `local` `(L, d)`, `global_` `(E, d)`: its features."""
     return Lesson(
-        features.local_features.half(),
-        features.global_features.half(),
+        local.half(),
+        global_.half(),
         segment_truth(story, num_frames, frames_per_segment),
         segment_motion(story, num_frames, frames_per_segment),
         segment_events(story, num_frames, frames_per_segment),
-        prompts.questions(make_questions(story, per_kind=per_kind), story),
+        prompts.questions(make_questions(story, kinds=kinds, per_kind=per_kind), story),
     )
 
 
-def make_windows(story: Story, features, prompts: PromptMaker, *, num_frames: int, frames_per_segment: int,
-                 per_kind: int, most_events: int) -> list[Lesson]:  # fmt: skip
+def make_windows(story: Story, local: Tensor, global_: Tensor, prompts: PromptMaker, *, num_frames: int,
+                 frames_per_segment: int, per_kind: int, most_events: int) -> list[Lesson]:  # fmt: skip
     """The story cut into pieces of 1 to `most_events` events, from gap to gap, as lessons of their own.
 
     Segments do not know of each other, so their features are those of the whole story; but the global tokens are the
     whole video's, and the scene is not asked for.
     """
-    lessons, segments = [], num_frames // frames_per_segment
-    kinds = [kind for kind in KINDS if kind != "scene"]
-    tokens = len(features.local_features) // segments
-    for start, end in windows_of(story, segments, most_events, story.seed):
-        piece = cut_story(story, start / segments * story.duration, end / segments * story.duration)
-        lesson = Lesson(
-            features.local_features[start * tokens : end * tokens].half(),
-            features.global_features.half(),
-            segment_truth(piece, (end - start) * frames_per_segment, frames_per_segment),
-            segment_motion(piece, (end - start) * frames_per_segment, frames_per_segment),
-            segment_events(piece, (end - start) * frames_per_segment, frames_per_segment),
-            prompts.questions(make_questions(piece, kinds=kinds, per_kind=per_kind), piece),
+    segments = num_frames // frames_per_segment
+    tokens = len(local) // segments
+    lessons = [
+        make_lesson(
+            cut_story(story, start / segments * story.duration, end / segments * story.duration),
+            local[start * tokens : end * tokens],
+            global_,
+            prompts,
+            num_frames=(end - start) * frames_per_segment,
+            frames_per_segment=frames_per_segment,
+            per_kind=per_kind,
+            kinds=[kind for kind in KINDS if kind != "scene"],
         )
-        if lesson.questions:
-            lessons.append(lesson)
-    return lessons
+        for start, end in windows_of(story, segments, most_events, story.seed)
+    ]
+    return [lesson for lesson in lessons if lesson.questions]
 
 
 class Lessons(IterableDataset):
@@ -300,11 +301,12 @@ def load_lessons(reader, processor, *, split: str, frames_per_segment: int, per_
         if not name.startswith(f"{split}/"):
             continue
         (story, num_frames), features = story_of(name), reader[name]
+        parts = (story, features.local_features, features.global_features, prompts)
         options = {"num_frames": num_frames, "frames_per_segment": frames_per_segment}
-        lessons[num_frames].append(make_lesson(story, features, prompts, **options, per_kind=per_kind))
+        lessons[num_frames].append(make_lesson(*parts, **options, per_kind=per_kind))
         for most in windows:
             lessons[window_group(most)] += make_windows(
-                story, features, prompts, **options, per_kind=max(1, per_kind // 2), most_events=most
+                *parts, **options, per_kind=max(1, per_kind // 2), most_events=most
             )
     return dict(lessons)
 

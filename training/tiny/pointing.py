@@ -33,18 +33,14 @@ def event_of(question: Question, story: Story) -> int | None:
     "before" is read at the event that is named, which knows what came before it; "after" at the one that follows; "how
     many in all" at the last, which knows its own number.
     """
-    last = len(story.events) - 1
-    if question.kind in ("first", "last"):
-        return 0 if question.kind == "first" else last
-    named = named_in(question.question)
-    if question.kind == "scene" or question.answer == "no" or (question.kind == "how many" and named):
-        return None
-    matching = _matching(named, story)
-    if not matching:
-        return None
-    if question.kind == "how many":
+    named, last = named_in(question.question), len(story.events) - 1
+    if question.kind == "first":
+        return 0
+    if question.kind == "last" or (question.kind == "how many" and not named):
         return last
-    return matching[0] + (question.kind == "after")
+    if question.kind in ("how many", "scene") or question.answer == "no":
+        return None
+    return _matching(named, story)[0] + (question.kind == "after")
 
 
 def counted_in(question: Question, story: Story) -> list[int] | None:

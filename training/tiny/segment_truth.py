@@ -15,7 +15,7 @@ from torch import Tensor
 
 from longvlm.evaluation.storyline import ACTIONS, COLOURS, SCENES, SHAPES, Story, middle_times
 from longvlm.evaluation.storyline.render import pose_at
-from longvlm.training.tiny.vision import SYMMETRY
+from longvlm.training.tiny.vision import pose_numbers
 
 MOST = 9  # events that are told apart
 FIELDS = (("colour", COLOURS), ("shape", SHAPES), ("action", ACTIONS))
@@ -30,8 +30,8 @@ KNOWN = {
 }
 HEADS = {**SEEN, **KNOWN}
 # Numbers, asked of a low layer and of a middle one.
-POSE = ("x", "y", "radius", "opacity", "cosine", "sine")  # of the angle times the shape's symmetry
-CHANGE = ("x", "y", "radius", "opacity", "angle", "hidden")  # since the event began; about 1 at its end
+POSE = ("x", "y", "radius", "cosine", "sine", "opacity")  # see `vision.pose_numbers`
+CHANGE = ("x", "y", "radius", "angle", "opacity", "hidden")  # since the event began; about 1 or -1 at its end
 # Asked of a question's end and of a segment's end by the same heads: what is named, and what is there. So both are
 # written in the same way, and attention can compare them. "after the red star" is where a red star came before.
 NAMED = {f"{when}_{name}": len(values) + 1 for when in ("now", "before") for name, values in FIELDS}
@@ -81,8 +81,9 @@ def segment_truth(story: Story, num_frames: int, frames_per_segment: int) -> Ten
 
 
 def segment_motion(story: Story, num_frames: int, frames_per_segment: int) -> Tensor:
-    """`(segments, POSE + CHANGE)` float32: means over the frames that show the event of most of the segment's frames,
-    and how much of each change the last of them shows; NaN where there is no event."""
+    """`(segments, 12)` float32, NaN where there is no event: of the event in most of the segment's frames, the means
+    of `POSE` over those frames, and `CHANGE` from the event's first frame to the last of them.
+    """
     times = middle_times(story, num_frames)
     numbers = segment_events(story, num_frames, frames_per_segment).tolist()
     rows = []
@@ -94,18 +95,15 @@ def segment_motion(story: Story, num_frames: int, frames_per_segment: int) -> Te
         of_event = [time for time in times if event.start <= time < event.end]
         here = [time for time in times[first : first + frames_per_segment] if event.start <= time < event.end]
         start, end = pose_at(event, of_event[0]), pose_at(event, here[-1])
-        told = []
-        for pose in (pose_at(event, time) for time in here):
-            angle = math.radians(pose.angle) * SYMMETRY[event.shape]
-            told.append((pose.x, pose.y, pose.radius * 4, pose.opacity, math.cos(angle), math.sin(angle)))
+        poses = [pose_numbers(pose_at(event, time), event.shape) for time in here]
         hidden = sum(pose_at(event, time).opacity == 0 for time in of_event if time <= here[-1])
         change = (
             (end.x - start.x) / 0.45,
             (end.y - start.y) / 0.45,
             math.log(end.radius / start.radius),
-            end.opacity - start.opacity if event.action != "blink" else 0.0,
             (end.angle - start.angle) / 180,
+            end.opacity - start.opacity if event.action != "blink" else 0.0,
             hidden / len(of_event) / 0.4,  # two of five phases
         )
-        rows.append([*(sum(values) / len(here) for values in zip(*told, strict=True)), *change])
+        rows.append([*(sum(values) / len(here) for values in zip(*poses, strict=True)), *change])
     return torch.tensor(rows, dtype=torch.float32)

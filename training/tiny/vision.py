@@ -9,6 +9,7 @@ The linear heads that ask are thrown away after training.
 """
 
 import io
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,8 +50,8 @@ class TruthFrames(IterableDataset):
     """Endless single frames of split train with their truth; no story comes twice. An item is a few of one story.
 
     `pixels` `(frames, 64, 64, 3)` uint8; `mask` `(frames, 64, 64)` bool; `shape`, `colour`, `scene` `(frames,)` int64,
-    the numbers of shapes and colours after the last standing for "no object"; `pose` `(frames, 6)` float32: x, y,
-    radius, cosine and sine of the angle times the shape's symmetry, opacity.
+    the numbers of shapes and colours after the last standing for "no object"; `pose` `(frames, 6)` float32: see
+    `pose_numbers`.
     """
 
     def __init__(self, seed: int = 0, frames_per_story: int = 6):
@@ -77,15 +78,23 @@ def frames_with_truth(story: Story, num_frames: int, seed: int) -> dict[str, Ten
             time = event.start + dice.random() * (event.end - event.start)
         truth = exact.truth_at(time)
         there = truth.visible
-        angle = np.radians(truth.angle) * SYMMETRY.get(truth.shape or "", 0)
         rows["pixels"].append(as_from_a_file(drawn.frame_at(time), dice))
         rows["mask"].append(truth.mask)
         rows["shape"].append(SHAPES.index(truth.shape) if there and truth.shape else len(SHAPES))
         rows["colour"].append(COLOURS.index(truth.colour) if there and truth.colour else len(COLOURS))
         rows["scene"].append(SCENES.index(truth.scene))
-        rows["pose"].append((truth.x, truth.y, truth.radius * 4, np.cos(angle), np.sin(angle), truth.opacity))
+        rows["pose"].append(pose_numbers(truth, truth.shape) if truth.shape else (0.0, 0.0, 0.0, 1.0, 0.0, 0.0))
     dtypes = {"pixels": np.uint8, "mask": bool, "pose": np.float32}
     return {name: torch.from_numpy(np.array(values, dtypes.get(name, np.int64))) for name, values in rows.items()}
+
+
+def pose_numbers(pose, shape: str) -> tuple[float, ...]:
+    """x, y, radius times 4, cosine and sine of the angle times the shape's symmetry, opacity; all about -1 to 1.
+
+    `pose`: a `FrameTruth`, or what `pose_at` returns.
+    """
+    angle = math.radians(pose.angle) * SYMMETRY[shape]
+    return pose.x, pose.y, pose.radius * 4, math.cos(angle), math.sin(angle), pose.opacity
 
 
 def as_from_a_file(frame: np.ndarray, dice: np.random.Generator) -> np.ndarray:

@@ -301,12 +301,12 @@ def load_lessons(reader, processor, *, split: str, frames_per_segment: int, per_
         if not name.startswith(f"{split}/"):
             continue
         (story, num_frames), features = story_of(name), reader[name]
-        parts = (story, features.local_features, features.global_features, prompts)
-        options = {"num_frames": num_frames, "frames_per_segment": frames_per_segment}
-        lessons[num_frames].append(make_lesson(*parts, **options, per_kind=per_kind))
+        local, global_ = features.local_features, features.global_features
+        options: dict = {"num_frames": num_frames, "frames_per_segment": frames_per_segment}
+        lessons[num_frames].append(make_lesson(story, local, global_, prompts, **options, per_kind=per_kind))
         for most in windows:
             lessons[window_group(most)] += make_windows(
-                *parts, **options, per_kind=max(1, per_kind // 2), most_events=most
+                story, local, global_, prompts, **options, per_kind=max(1, per_kind // 2), most_events=most
             )
     return dict(lessons)
 

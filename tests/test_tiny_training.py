@@ -1,5 +1,7 @@
 """Training of longvlm-tiny: what the packed lessons promise, and that an interrupted stage goes on."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
 import torch
@@ -8,8 +10,8 @@ from longvlm.evaluation.storyline import KINDS, make_questions, make_story, stor
 from longvlm.evaluation.storyline.questions import NUMBERS
 from longvlm.training.tiny import vision as tiny_vision
 from longvlm.training.tiny.language import LOOKING_HEADS, LOOKING_LAYER, LanguageWithHeads, train_language
-from longvlm.training.tiny.lessons import IGNORED, Lessons, PromptMaker, load_lessons, pack
-from longvlm.training.tiny.pointing import counted_in, event_of
+from longvlm.training.tiny.lessons import IGNORED, Lessons, PromptMaker, load_lessons, make_lesson, pack
+from longvlm.training.tiny.pointing import counted_in, counting_more, event_of
 from longvlm.training.tiny.recipe import METHOD, make_config, make_model, make_processor, make_tokenizer
 from longvlm.training.tiny.segment_truth import (
     CHANGE,
@@ -152,6 +154,27 @@ def test_questions_point_at_the_event_that_holds_their_answer():
                 assert all(word in question.question for word in (event.colour, event.shape))
     assert all(pointed[kind] > 20 for kind in KINDS if kind != "scene"), pointed
     assert counts == set(NUMBERS[:5])
+
+
+def test_more_is_counted_than_the_benchmark_asks_for(parts):
+    """Else the number is known by heart, of the one value of a story that is asked for."""
+    answers = Counter()
+    for index in range(40):
+        story = make_story(story_seed("train", index))
+        other = counting_more(story)
+        asked = make_questions(other, kinds=["how many"], per_kind=16)
+        assert all(NUMBERS[len(counted_in(one, story))] == one.answer for one in asked)
+        assert len({one.question for one in asked}) == len(asked) >= 8
+        assert len(set(other.counted) - set(story.counted)) >= 3
+        answers.update(one.answer for one in asked)
+    assert min(answers[number] for number in NUMBERS[:4]) > 20, answers
+    _, processor, lessons = parts
+    more = make_lesson(make_story(story_seed("train", 0)), lessons[12][0].local, lessons[12][0].global_,
+                       PromptMaker(processor), num_frames=12, frames_per_segment=FRAMES, per_kind=2,
+                       more_counts=16)  # fmt: skip
+    before, after = (Counter(one.kind for one in lesson.questions) for lesson in (lessons[12][0], more))
+    assert after.pop("how many") >= before.pop("how many") + 8
+    assert before == after
 
 
 def test_what_a_question_names_is_there_where_it_points(parts):

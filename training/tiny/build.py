@@ -34,14 +34,20 @@ from longvlm.training.tiny.vision import ROUNDS, train_vision
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage of the language model. `plan`: steps, and how often lessons of each length in frames come in them."""
+    """A stage of the language model.
+
+    `plan`: steps, and how often lessons of each length in frames come in them. `spread`: the part of the steps whose
+    segments lie at random positions. `more_counts`: see `lessons.make_lesson`; `counting`: see `LanguageWithHeads`.
+    """
 
     name: str
     lengths: tuple[int, ...]
     plan: Plan
     learning_rate: float
-    spread: float  # the part of the steps whose segments lie at random positions
+    spread: float
     windows: tuple[int, ...] = ()
+    more_counts: int = 0
+    counting: float = 1.0
 
 
 # Length in frames -> stories of split train that are encoded.
@@ -49,10 +55,10 @@ STORIES = {100: 3000, 200: 150, 400: 80, 1000: 60}
 FEW = window_group(4)
 # First to see, on whole stories; then also windows of few events, which are cheap and ask for others.
 SHORT: Plan = ((300, {100: 1.0}), (1700, {100: 0.75, FEW: 0.25}))
-LONG: Plan = ((900, {100: 0.7, 200: 0.1, 400: 0.1, 1000: 0.1}),)
+LONG: Plan = ((1200, {100: 0.7, 200: 0.1, 400: 0.1, 1000: 0.1}),)
 STAGES = (
     Stage("language model, 100 frames", (100,), SHORT, 1.5e-3, spread=0.25, windows=(4,)),
-    Stage("language model, all lengths", (100, 200, 400, 1000), LONG, 1e-3, spread=0.0),
+    Stage("language model, all lengths", (100, 200, 400, 1000), LONG, 1e-3, spread=0.0, more_counts=16, counting=3.0),
 )
 # What takes longest to learn is asked most.
 WEIGHTS = {"before": 1.5, "after": 2.5, "how many": 2.5, "which action": 1.5, "when": 1.5, "did it happen": 2.0}
@@ -112,9 +118,11 @@ def build(out: Path, work: Path, *, rounds=ROUNDS, stages=STAGES, stories=STORIE
                         processor,
                         split="train",
                         per_kind=8,
+                        more_counts=stage.more_counts,
                         frames_per_segment=config.frames_per_segment,
                         windows=stage.windows,
                     )
+        learner.counting = stage.counting
         with clock.time(stage.name):
             train_language(
                 learner,

@@ -17,12 +17,15 @@ LOOKING_HEADS = 3  # of the looking layer: what one head carries is too narrow f
 
 
 class LanguageWithHeads(nn.Module):
-    """The model, and the linear heads that ask for the truth of each segment; `forward` returns the loss."""
+    """The model, and the linear heads that ask for the truth of each segment; `forward` returns the loss.
 
-    def __init__(self, model, scaffold: float = 1.0):
+    `scaffold`: weight of all that the heads and the attention are taught; `counting`: in it, that of how to count.
+    """
+
+    def __init__(self, model, scaffold: float = 1.0, counting: float = 1.0):
         super().__init__()
         width = model.config.text_config.hidden_size
-        self.model, self.scaffold = model, scaffold
+        self.model, self.scaffold, self.counting = model, scaffold, counting
         self.heads = nn.ModuleDict(
             {
                 name: nn.Sequential(nn.LayerNorm(width), nn.Linear(width, sum(sizes.values())))
@@ -74,7 +77,8 @@ class LanguageWithHeads(nn.Module):
             counting = self._counting(outputs.hidden_states[LOOKING_LAYER], blocks, counted, segment_ends, events)
             naming = self._naming(outputs.hidden_states[LOOKING_LAYER], named, segment_ends, truth)
             pose, change = self._motion(outputs.hidden_states, segment_ends, motion)
-            results["loss"] = results["loss"] + self.scaffold * (pointing + counting + naming + 2 * pose + 4 * change)
+            taught = pointing + self.counting * counting + naming + 2 * pose + 4 * change
+            results["loss"] = results["loss"] + self.scaffold * taught
             results |= {"pointing": pointing, "counting": counting, "naming": naming, "pose": pose, "change": change}
         return results
 

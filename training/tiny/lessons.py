@@ -19,7 +19,7 @@ from torch.utils.data import IterableDataset
 
 from longvlm.evaluation.storyline import KINDS, Question, Story, make_questions
 from longvlm.training.tiny.pieces import cut_story, windows_of
-from longvlm.training.tiny.pointing import counted_in, event_of, named_in
+from longvlm.training.tiny.pointing import counted_in, counting_more, event_of, named_in
 from longvlm.training.tiny.segment_truth import FIELDS, MOST, NAMED, segment_events, segment_motion, segment_truth
 from longvlm.training.tiny.story_features import story_of
 
@@ -95,20 +95,26 @@ class PromptMaker:
 
 
 def make_lesson(story: Story, local: Tensor, global_: Tensor, prompts: PromptMaker, *, num_frames: int,
-                frames_per_segment: int, per_kind: int, kinds: Sequence[str] = KINDS) -> Lesson:  # fmt: skip
-    """The lesson of a story of `num_frames` frames. `local` `(L, d)`, `global_` `(E, d)`: its features."""
+                frames_per_segment: int, per_kind: int, kinds: Sequence[str] = KINDS,
+                more_counts: int = 0) -> Lesson:  # fmt: skip
+    """The lesson of a story of `num_frames` frames. `local` `(L, d)`, `global_` `(E, d)`: its features. `more_counts`:
+    questions of kind "how many" about what the benchmark does not count."""
+    asked = make_questions(story, kinds=kinds, per_kind=per_kind)
+    if more_counts:
+        asked += make_questions(counting_more(story), kinds=["how many"], per_kind=more_counts)
     return Lesson(
         local.half(),
         global_.half(),
         segment_truth(story, num_frames, frames_per_segment),
         segment_motion(story, num_frames, frames_per_segment),
         segment_events(story, num_frames, frames_per_segment),
-        prompts.questions(make_questions(story, kinds=kinds, per_kind=per_kind), story),
+        prompts.questions(asked, story),
     )
 
 
 def make_windows(story: Story, local: Tensor, global_: Tensor, prompts: PromptMaker, *, num_frames: int,
-                 frames_per_segment: int, per_kind: int, most_events: int) -> list[Lesson]:  # fmt: skip
+                 frames_per_segment: int, per_kind: int, most_events: int,
+                 more_counts: int = 0) -> list[Lesson]:  # fmt: skip
     """The story cut into pieces of 1 to `most_events` events, from gap to gap, as lessons of their own.
 
     Segments do not know of each other, so their features are those of the whole story; but the global tokens are the
@@ -126,6 +132,7 @@ def make_windows(story: Story, local: Tensor, global_: Tensor, prompts: PromptMa
             frames_per_segment=frames_per_segment,
             per_kind=per_kind,
             kinds=[kind for kind in KINDS if kind != "scene"],
+            more_counts=more_counts,
         )
         for start, end in windows_of(story, segments, most_events, story.seed)
     ]
@@ -284,12 +291,13 @@ def block_mask(blocks: Tensor) -> Tensor:
 
 
 def load_lessons(reader, processor, *, split: str, frames_per_segment: int, per_kind: int,
-                 windows: Sequence[int] = ()) -> dict[Group, list[Lesson]]:  # fmt: skip
+                 windows: Sequence[int] = (), more_counts: int = 0) -> dict[Group, list[Lesson]]:  # fmt: skip
     """
     Lessons of all stories whose features are there.
 
     Args:
         reader: name of the video (`story_features.video_name`) -> its features.
+        more_counts: see `make_lesson`.
         windows: also cut them into pieces of at most so many events; the group is then called "up to 2 events".
 
     Returns:
@@ -303,10 +311,19 @@ def load_lessons(reader, processor, *, split: str, frames_per_segment: int, per_
         (story, num_frames), features = story_of(name), reader[name]
         local, global_ = features.local_features, features.global_features
         options: dict = {"num_frames": num_frames, "frames_per_segment": frames_per_segment}
-        lessons[num_frames].append(make_lesson(story, local, global_, prompts, **options, per_kind=per_kind))
+        lessons[num_frames].append(
+            make_lesson(story, local, global_, prompts, **options, per_kind=per_kind, more_counts=more_counts)
+        )
         for most in windows:
             lessons[window_group(most)] += make_windows(
-                story, local, global_, prompts, **options, per_kind=max(1, per_kind // 2), most_events=most
+                story,
+                local,
+                global_,
+                prompts,
+                **options,
+                per_kind=max(1, per_kind // 2),
+                most_events=most,
+                more_counts=more_counts // 2,
             )
     return dict(lessons)
 

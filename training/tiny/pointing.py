@@ -7,6 +7,10 @@ events that are counted and the first token of all, so that n events leave 1 / (
 """
 
 import re
+from collections import defaultdict
+from dataclasses import replace
+
+import numpy as np
 
 from longvlm.evaluation.storyline import ACTIONS, COLOURS, SHAPES, Question, Story
 from longvlm.evaluation.storyline.questions import DOES
@@ -46,6 +50,23 @@ def event_of(question: Question, story: Story) -> int | None:
 def counted_in(question: Question, story: Story) -> list[int] | None:
     """The numbers of the events that are counted, or `None` where nothing is."""
     return _matching(named_in(question.question), story) if question.kind == "how many" else None
+
+
+def counting_more(story: Story) -> Story:
+    """The story, of which "how many" asks for other colours, shapes and actions than it does in the benchmark.
+
+    There a story has one value, or two, that may be counted, and a model that has seen the story a few times knows the
+    number by heart. All values are taken that occur twice or more, and of those that occur once or never as many each.
+    """
+    by_number: defaultdict[int, list[tuple[str, str]]] = defaultdict(list)
+    for field, values in (("colour", COLOURS), ("shape", SHAPES), ("action", ACTIONS)):
+        for value in values:
+            by_number[sum(getattr(event, field) == value for event in story.events)].append((field, value))
+    counted = [pair for number in by_number if number > 1 for pair in by_number[number]]
+    few, dice = max(2, len(counted)), np.random.default_rng(story.seed)
+    for number in (0, 1):
+        counted += [by_number[number][i] for i in dice.permutation(len(by_number[number]))[:few]]
+    return replace(story, counted=tuple(counted), num_events_range=(0, 0))
 
 
 def _matching(named: dict[str, str], story: Story) -> list[int]:

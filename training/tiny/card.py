@@ -64,8 +64,8 @@ Chance is about 17 %, and so is what can be guessed from the questions (docs/sto
    behind it and cannot see each other. Beside the answers, linear heads that are thrown away afterwards ask the hidden
    states at each segment's end what is on stage, how it has moved and changed, and what came before, and at a
    question's end what it names; three attention heads are taught to look from there at the event that holds the
-   answer, and one to share its attention equally among all that "how many" counts. On all lengths, "how many" is asked of
-   more colours, shapes and actions than in the benchmark, whose numbers it would know by heart.
+   answer, and one to share its attention equally among all that "how many" counts. On all lengths, "how many" is
+   asked of more colours, shapes and actions than in the benchmark, whose numbers it would know by heart.
 4. For long videos, the positions of a quarter of the short ones are stretched (up to 1,600); in the end lengths are
    mixed.
 """

@@ -6,8 +6,9 @@ SmolLM2-135M-Instruct and the encoder of longvlm-tiny are assembled, Storyline's
 projector is trained, then LoRA adapters with it; each question about stories of the test split is asked alone. Every
 stage keeps what it made in `--out`: the same command goes on where it was stopped, in training at the last checkpoint.
 
-A question's answer is two or three tokens to learn from, a whole story is thirty. So the projector, and LoRA at first,
-learn to tell stories; only then LoRA learns to answer.
+A whole story is 150 tokens of video for an answer of two or three: too little to learn seeing from. So the projector
+learns to tell single events ("stripes: red star moves left"), cut out of the stories' features; then LoRA learns from
+pieces of up to three events to tell and to answer; only then from questions about whole stories.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import time
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import torch
@@ -29,11 +31,13 @@ from transformers.utils import logging
 import longvlm
 from examples.smollm2_report import page
 from longvlm.conversion.assemble import assemble
-from longvlm.evaluation.storyline import chance_levels, make_questions, make_story, story_seed
+from longvlm.conversion.feature_shards import FeatureReader, FeatureWriter
+from longvlm.evaluation.storyline import KINDS, Story, chance_levels, make_questions, make_story, story_seed
 from longvlm.evaluation.storyline.blind import questions_of
 from longvlm.evaluation.storyline.questions import DOES
 from longvlm.evaluation.storyline.scoring import score
 from longvlm.training.features import extract_features
+from longvlm.training.tiny.pieces import piece_of, windows_of
 from longvlm.training.tiny.recipe import MEAN, METHOD, STD
 from longvlm.training.tiny.story_features import StoryVideos, video_name
 from longvlm.training.train import parse_arguments, train
@@ -56,15 +60,20 @@ CHAT_TEMPLATE = """\
 TELL = "Tell the story of the video."
 # name -> what is trained, on which rows, from which checkpoint (or projector)
 TRAININGS: dict[str, dict[str, str]] = {
-    "projector": {"train": "projector", "rows": "tales", "model": "model"},
-    "lora-tales": {"train": "lora", "rows": "tales", "model": "model", "init_projector": "projector"},
-    "lora-questions": {"train": "lora", "rows": "questions", "model": "lora-tales"},
+    "projector": {"train": "projector", "rows": "events", "model": "model"},
+    "lora-pieces": {"train": "lora", "rows": "pieces", "model": "model", "init_projector": "projector"},
+    "lora-stories": {"train": "lora", "rows": "stories", "model": "lora-pieces"},
 }
+# How many times as many rows of a kind as of whole stories a step takes: they are shorter.
+ROWS_A_STEP = {"events": 2, "pieces": 2, "stories": 1}
+MOST_EVENTS = {"events": 1, "pieces": 3}
+QUESTIONS_A_PIECE = 3
+FRAMES_PER_SEGMENT = METHOD["frames_per_segment"]
 SCORES: dict[str, tuple[str, str]] = {  # name -> checkpoint, video
     "untrained, no video": ("model", "none"),
-    "trained": ("lora-questions", "true"),
-    "trained, another story's video": ("lora-questions", "swapped"),
-    "trained, no video": ("lora-questions", "none"),
+    "trained": ("lora-stories", "true"),
+    "trained, another story's video": ("lora-stories", "swapped"),
+    "trained, no video": ("lora-stories", "none"),
 }
 
 
@@ -134,16 +143,32 @@ def put_together(out: Path, vision: Path, language: Path, num_frames: int) -> di
     return {"video_tokens": config.num_video_tokens(num_frames)}
 
 
+def pieces_of(story: Story, num_frames: int) -> list[tuple[str, tuple[int, int]]]:
+    """Kind of row, and the frames of the story that it is about; from gap to gap, in whole segments."""
+    return [
+        (name, (start * FRAMES_PER_SEGMENT, end * FRAMES_PER_SEGMENT))
+        for name, most in MOST_EVENTS.items()
+        for start, end in windows_of(story, num_frames // FRAMES_PER_SEGMENT, most, story.seed)
+    ]
+
+
 def write_rows(out: Path, num_stories: int, num_frames: int) -> dict[str, Any]:
-    """`questions.jsonl`, a question a row: others about the same story would tell what exists; `tales.jsonl`."""
-    rows: dict[str, list[dict]] = {"questions": [], "tales": []}
+    """`events.jsonl`, `pieces.jsonl`, `stories.jsonl`; a question a row: others would tell what exists."""
+    rows: dict[str, list[dict]] = {name: [] for name in ROWS_A_STEP}
     for index in range(num_stories):
-        story, video = make_story(story_seed("train", index)), video_name("train", index, num_frames)
-        for question in make_questions(story):
-            rows["questions"].append(row(video, question.question, question.answer))
-        told = ", ".join(f"{event.object} {DOES[event.action]}" for event in story.events)
-        shares = story.scene_shares()
-        rows["tales"].append(row(video, TELL, f"{max(shares, key=shares.__getitem__)}: {told}"))
+        story, whole = make_story(story_seed("train", index)), video_name("train", index, num_frames)
+        rows["stories"] += [row(whole, one.question, one.answer) for one in make_questions(story)]
+        for name, (first, end) in pieces_of(story, num_frames):
+            piece, video = (
+                piece_of(story, num_frames, first, end),
+                video_name("train", index, num_frames, (first, end)),
+            )
+            told = ", ".join(f"{event.object} {DOES[event.action]}" for event in piece.events)
+            rows[name].append(row(video, TELL, f"{piece.scene_at(piece.duration / 2).kind}: {told}"))
+            if name == "pieces":
+                asked = make_questions(piece, kinds=[kind for kind in KINDS if kind != "scene"])
+                some = Random(f"{index} {first}").sample(asked, min(QUESTIONS_A_PIECE, len(asked)))
+                rows[name] += [row(video, one.question, one.answer) for one in some]
     for name, content in rows.items():
         (out / f"{name}.jsonl").write_text("".join(json.dumps(one) + "\n" for one in content), encoding="utf-8")
     return {name: len(content) for name, content in rows.items()}
@@ -155,13 +180,27 @@ def row(video: str, question: str, answer: str) -> dict[str, Any]:
 
 
 def encode(out: Path, num_stories: int, num_frames: int) -> dict[str, Any]:
+    """Features of the stories, and of their pieces: segments do not know of each other, so those are cut out.
+
+    The global tokens of a piece are the whole story's.
+    """
     model, processor = load(out / "model")
     videos = StoryVideos("train", range(num_stories), num_frames)
     options = {"do_sample_frames": False}
     report = extract_features(
         videos, out / "features", model=model, processor=processor, video_options=options, progress=True
     )
-    return {"stories": num_stories, "report": str(report)}
+    whole, tokens = FeatureReader(out / "features"), METHOD["tokens_per_segment"]
+    with FeatureWriter(out / "pieces", num_global_layers=whole.num_global_layers, metadata=whole.metadata) as writer:
+        for index in range(num_stories):
+            features = whole[video_name("train", index, num_frames)]
+            for _, (first, end) in pieces_of(make_story(story_seed("train", index)), num_frames):
+                name = video_name("train", index, num_frames, (first, end))
+                start, stop = (frame // FRAMES_PER_SEGMENT * tokens for frame in (first, end))
+                if name not in writer:
+                    writer.add(name, features.local_features[start:stop], features.memory)
+        pieces = len(writer)
+    return {"stories": num_stories, "pieces": pieces, "report": str(report)}
 
 
 def fine_tune(out: Path, name: str, *, steps: int, rate: float, options: argparse.Namespace) -> dict[str, Any]:
@@ -172,13 +211,13 @@ def fine_tune(out: Path, name: str, *, steps: int, rate: float, options: argpars
         "dtype": "bfloat16",
         "train": plan["train"],
         "train_data": [str(out / f"{plan['rows']}.jsonl")],
-        "features": [str(out / "features")],
+        "features": [str(out / ("features" if plan["rows"] == "stories" else "pieces"))],
         "output_dir": str(out / name),
         "max_steps": steps,
         "learning_rate": rate,
         "lr_scheduler_type": "cosine",
         "warmup_steps": 0.05,
-        "per_device_train_batch_size": options.batch_size,
+        "per_device_train_batch_size": options.batch_size * ROWS_A_STEP[plan["rows"]],
         "bf16": True,
         "seed": options.seed,
         "logging_steps": options.logging_steps,
@@ -201,6 +240,7 @@ def fine_tune(out: Path, name: str, *, steps: int, rate: float, options: argpars
     trained = [p for group in trainer.optimizer.param_groups for p in group["params"]]
     return {
         "steps": trainer.state.global_step,
+        "batch_size": config["per_device_train_batch_size"],
         "learning_rate": rate,
         "steps_before_it_was_stopped": before,
         "seconds_per_step": round(runtime / now, 2) if now else None,
@@ -230,8 +270,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     stages.do("stages", "features", lambda: encode(out, options.stories, options.frames))
     lengths = {
         "projector": (options.projector_steps, options.projector_rate),
-        "lora-tales": (options.tale_steps, options.lora_rate),
-        "lora-questions": (options.question_steps, options.lora_rate),
+        "lora-pieces": (options.piece_steps, options.lora_rate),
+        "lora-stories": (options.story_steps, options.lora_rate),
     }
     for name, (steps, rate) in lengths.items():
 
@@ -258,12 +298,12 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--report", type=Path, help="write the numbers as a page of Markdown here")
     made.add_argument("--vision", type=Path, help="vision encoder, or a LongVLM whose own is taken (longvlm-tiny)")
     made.add_argument("--stories", type=int, default=800, help="of split train")
-    made.add_argument("--test-stories", type=int, default=50, help="of split test, one question of each kind")
+    made.add_argument("--test-stories", type=int, default=40, help="of split test, one question of each kind")
     made.add_argument("--frames", type=int, default=100, help="of each video")
-    made.add_argument("--projector-steps", type=int, default=100, help="the projector alone, telling stories")
-    made.add_argument("--tale-steps", type=int, default=150, help="LoRA and projector, telling stories")
-    made.add_argument("--question-steps", type=int, default=250, help="LoRA and projector, answering questions")
-    made.add_argument("--batch-size", type=int, default=8, help="questions of a step")
+    made.add_argument("--projector-steps", type=int, default=150, help="the projector alone, on single events")
+    made.add_argument("--piece-steps", type=int, default=120, help="LoRA and projector, on pieces of few events")
+    made.add_argument("--story-steps", type=int, default=80, help="LoRA and projector, on whole stories")
+    made.add_argument("--batch-size", type=int, default=8, help="whole stories of a step; pieces are twice as many")
     made.add_argument("--projector-rate", type=float, default=2e-3, help="learning rate")
     made.add_argument("--lora-rate", type=float, default=1e-3, help="learning rate")
     made.add_argument("--lora-r", type=int, default=16, help="rank of the adapters")

@@ -11,7 +11,7 @@ from longvlm.evaluation.ablations.variants import VARIANTS, condense, num_tokens
 from longvlm.evaluation.storyline import KINDS
 from longvlm.modeling_longvlm.token_merging import merge_tokens
 from longvlm.training.tiny import vision as tiny_vision
-from longvlm.training.tiny.recipe import make_config, make_processor, make_tokenizer
+from longvlm.training.tiny.recipe import make_config, make_model, make_processor, make_tokenizer
 
 BY_NAME = {variant.name: variant for variant in VARIANTS}
 
@@ -54,15 +54,15 @@ def test_main_rows_have_all_seeds_the_others_one():
 
 
 def test_a_run_of_every_kind_of_variant_trains_and_scores(tmp_path):
-    vision = tiny_vision.CLIPVisionModel(tiny_vision.vision_config())
+    vision, tokenizer = tiny_vision.CLIPVisionModel(tiny_vision.vision_config()), make_tokenizer()
     encode(vision, "train", 3, tmp_path / "train")
     encode(vision, "test", 1, tmp_path / "test")
-    tokenizer = make_tokenizer(20)
-    processor = make_processor(make_config(vision, tokenizer), tokenizer)
+    config = make_config(vision, tokenizer, width=64)
+    start, processor = make_model(config, vision), make_processor(config, tokenizer)
     for name in ("longvlm", "text", "pooled"):
         (lesson,) = lessons_of(BY_NAME[name], tmp_path, "test", processor, per_kind=1)[100]
         assert len(lesson.local) + len(lesson.global_) == num_tokens(BY_NAME[name])
-        result = run_one(vision, BY_NAME[name], 0, tmp_path, steps=4)
+        result = run_one(start, BY_NAME[name], 0, tmp_path, steps=4)
         assert result["tokens"] == num_tokens(BY_NAME[name])
         assert 0 <= result["accuracy"] <= 1 and result["questions"] >= 15
 

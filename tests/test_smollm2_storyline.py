@@ -19,8 +19,8 @@ SMALL = {
     "frames": 40,
     "test-stories": 1,
     "projector-steps": 30,
-    "tale-steps": 3,
-    "question-steps": 3,
+    "piece-steps": 3,
+    "story-steps": 3,
     "batch-size": 4,
     "logging-steps": 1,
 }
@@ -61,7 +61,7 @@ def test_thirty_steps_lower_the_loss(ran):
 
 def test_lora_starts_where_the_projector_ended(ran):
     stages = results(ran[0])["stages"]
-    ended, went_on = stages["projector"]["losses"], stages["lora-tales"]["losses"]
+    ended, went_on = stages["projector"]["losses"], stages["lora-pieces"]["losses"]
     assert went_on[0][1] < 1.3 * sum(loss for _, loss in ended[-5:]) / 5
     assert all(math.isfinite(loss) for _, loss in went_on)
 
@@ -73,7 +73,7 @@ def test_the_encoder_is_the_checkpoints_own_and_stays_as_it_is(ran):
             for name, tensor in load_file(ran[0] / part / "model.safetensors").items()
             if "vision_tower" in name
         }
-        for part in ("longvlm", "out/lora-questions")
+        for part in ("longvlm", "out/lora-stories")
     )
     assert own and own.keys() == end.keys()
     assert all(torch.equal(own[name], end[name]) for name in own)

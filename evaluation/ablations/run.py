@@ -1,8 +1,8 @@
 """Trains and compares the variants: `python -m longvlm.evaluation.ablations.run --out FOLDER`.
 
-All variants have the same encoder (longvlm-tiny's), the same untrained projector and language model, the same stories,
-questions and steps. A run is one variant with one seed; what is finished in the folder is not run again, and several
-runs go beside each other (`--jobs`). At the end the table and the plot are made (`report.py`).
+All variants start from longvlm-tiny (encoder, projector, language model) and are fine-tuned on their own tokens, with
+the same stories, questions and steps. A run is one variant with one seed; what is finished in the folder is not run
+again, and several runs go beside each other (`--jobs`). At the end the table and the plot are made (`report.py`).
 """
 
 import argparse
@@ -14,37 +14,37 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
-from transformers import AutoModel, CLIPVisionModel
+from transformers import AutoModelForImageTextToText, CLIPVisionModel
 from transformers.utils import logging
 
 from longvlm.conversion.feature_shards import FeatureReader, FeatureWriter
 from longvlm.evaluation.ablations.report import write_report
-from longvlm.evaluation.ablations.variants import VARIANTS, Variant, condense, frames_per_token_group
+from longvlm.evaluation.ablations.variants import VARIANTS, Variant, condense
 from longvlm.evaluation.storyline import KINDS, frames_at, middle_times
 from longvlm.training.tiny.language import LanguageWithHeads, train_language
-from longvlm.training.tiny.lessons import Plan, PromptMaker, load_lessons, pack
+from longvlm.training.tiny.lessons import PromptMaker, load_lessons, pack
 from longvlm.training.tiny.pieces import find_pieces
 from longvlm.training.tiny.recipe import make_config, make_model, make_processor, make_tokenizer
 from longvlm.training.tiny.story_features import story_of, video_name
 from longvlm.training.tiny.vision import FRAME_SIZE, normalised
 
 NUM_FRAMES = 100
-PIECES = (20, 40)  # frames; every K divides them
-WIDTH = 128  # of the language model: smaller than longvlm-tiny's, for the sake of many runs
+PIECE = 40  # frames; every K divides them
+PLAN = {NUM_FRAMES: 0.75, PIECE: 0.25}  # how often
 
 
-def tiny_encoder() -> CLIPVisionModel:
-    """The encoder of the checkpoint that comes with the package."""
+def longvlm_tiny():
+    """The checkpoint that comes with the package, float32."""
     import longvlm
 
-    return AutoModel.from_pretrained(longvlm.tiny_checkpoint(), dtype="auto").vision_tower
+    return AutoModelForImageTextToText.from_pretrained(longvlm.tiny_checkpoint(), dtype=torch.float32)
 
 
 @torch.no_grad()
 def encode(vision: CLIPVisionModel, split: str, num_stories: int, folder: Path) -> None:
     """Every story goes through the encoder once, and is condensed in every way: one folder of features a variant.
 
-    Of split train, some pieces of few events are condensed as videos of their own as well: to learn from.
+    Of split train, two pieces of few events are condensed as videos of their own as well: to learn from.
     """
     writers = [
         FeatureWriter(folder / variant.name, num_global_layers=0, metadata={"variant": str(variant)})
@@ -64,7 +64,7 @@ def encode(vision: CLIPVisionModel, split: str, num_stories: int, folder: Path) 
             class_tokens = torch.stack([state[:, 0].float() for state in states[1:]])
             parts = [(0, NUM_FRAMES)]
             if split == "train":
-                parts += [part for size in PIECES for part in find_pieces(story, NUM_FRAMES, size, 2, index)]
+                parts += find_pieces(story, NUM_FRAMES, PIECE, 2, index)
             for variant, writer in waiting:
                 # The whole one last: where it is, the pieces are.
                 for first, end in parts[::-1]:
@@ -89,30 +89,34 @@ def lessons_of(variant: Variant, folder: Path, split: str, processor, per_kind: 
     """Number of frames -> lessons."""
     reader = FeatureReader(folder / split / variant.name)
     stored = {name: _Stored(variant, reader[name].local_features, reader[name].memory) for name in reader}
-    frames = frames_per_token_group(variant)
-    lessons = load_lessons(stored, processor, split=split, frames_per_segment=frames, per_kind=per_kind)
+    lessons = load_lessons(stored, processor, split=split, frames_per_segment=variant.k, per_kind=per_kind)
     if variant.pooling == "none":
         for lesson in (lesson for group in lessons.values() for lesson in group):
             lesson.truth = lesson.truth[:0]
     return lessons
 
 
-def run_one(vision, variant: Variant, seed: int, folder: Path, *, steps: int) -> dict:
-    """-> accuracy on the test stories, of all questions and per kind, and what it took."""
+def run_one(start, variant: Variant, seed: int, folder: Path, *, steps: int) -> dict:
+    """-> accuracy on the test stories, of all questions and per kind, and what it took. `start`: a LongVLM."""
     tokenizer = make_tokenizer()
-    config = make_config(vision, tokenizer, width=WIDTH, num_global_layers=variant.e)
-    processor, model = make_processor(config, tokenizer), make_model(config, vision, seed=seed)
-    learner = LanguageWithHeads(model)
+    width = start.config.text_config.hidden_size
+    config = make_config(start.model.vision_tower, tokenizer, width=width, num_global_layers=variant.e)
+    processor, model = make_processor(config, tokenizer), make_model(config, start.model.vision_tower, seed=seed)
+    for name in ("multi_modal_projector", "language_model"):
+        getattr(model.model, name).load_state_dict(getattr(start.model, name).state_dict())
+    # Without a scaffold: its heads would be untrained, and their first gradients undo what has been learned.
+    learner = LanguageWithHeads(model, scaffold=0.0)
     lessons = {split: lessons_of(variant, folder, split, processor, per_kind=6 if split == "train" else 2)
                for split in ("train", "test")}  # fmt: skip
-    start = time.perf_counter()
+    begun = time.perf_counter()
     # The same number of stories a step whatever their tokens: the same data in the same order for all.
     whole = lessons["train"][NUM_FRAMES]
     train_language(
-        learner, processor, lessons["train"], plan_of(steps),
+        learner, processor, lessons["train"], [(steps, PLAN)],
         folder / f"{variant.name}-{seed}", seed=seed, num_questions=10, stories_a_step=12,
+        learning_rate=5e-4,
     )  # fmt: skip
-    seconds = time.perf_counter() - start
+    seconds = time.perf_counter() - begun
     prompts, right = PromptMaker(processor), []
     learner.eval()
     test = lessons["test"][NUM_FRAMES]
@@ -131,14 +135,6 @@ def run_one(vision, variant: Variant, seed: int, folder: Path, *, steps: int) ->
     }
 
 
-def plan_of(steps: int) -> Plan:
-    """First to see, on whole stories; then to find what a question names, in pieces; then both. As longvlm-tiny."""
-    short, long = PIECES
-    shares = ((0.25, {NUM_FRAMES: 1.0}), (0.2, {short: 1.0}), (0.2, {long: 0.7, short: 0.3}))
-    plan: list = [(round(share * steps), groups) for share, groups in shares]
-    return [*plan, (steps - sum(done for done, _ in plan), {NUM_FRAMES: 0.75, long: 0.25})]
-
-
 def planned(seeds: int) -> list[tuple[Variant, int]]:
     return [(variant, seed) for seed in range(seeds) for variant in VARIANTS if variant.main or seed == 0]
 
@@ -147,39 +143,39 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Compare ways to condense a video, on Storyline.")
     parser.add_argument("--out", type=Path, default=Path(".cache/ablations"), help="folder for features and results")
     parser.add_argument("--report", type=Path, default=Path("docs"), help="folder of ablations.md and its plot")
-    parser.add_argument("--vision", type=Path, help="folder of a CLIPVisionModel; default: longvlm-tiny's")
     parser.add_argument("--train", type=int, default=600, help="stories to learn from")
     parser.add_argument("--test", type=int, default=200, help="stories to score on")
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seeds", type=int, default=3, help="of the main rows")
     parser.add_argument("--jobs", type=int, default=2, help="runs beside each other")
     parser.add_argument("--encode-only", action="store_true", help="make the features, and no run")
     parser.add_argument("--only", nargs=2, metavar=("VARIANT", "SEED"), help="one run, and no report")
     options = parser.parse_args()
     logging.set_verbosity_error()
-    vision = CLIPVisionModel.from_pretrained(options.vision, dtype="auto") if options.vision else tiny_encoder()
+    start = longvlm_tiny()
     results = options.out / "results"
     results.mkdir(parents=True, exist_ok=True)
     if options.only:
         torch.set_num_threads(max(1, torch.get_num_threads() // options.jobs))
         (variant,) = [variant for variant in VARIANTS if variant.name == options.only[0]]
-        result = run_one(vision, variant, int(options.only[1]), options.out, steps=options.steps)
+        result = run_one(start, variant, int(options.only[1]), options.out, steps=options.steps)
         file = results / f"{variant.name}-{options.only[1]}.json"
         file.with_suffix(".partial").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         file.with_suffix(".partial").rename(file)
         return
     for split, count in (("train", options.train), ("test", options.test)):
         print(f"ablations: encoding {count} stories of {split}", flush=True)
-        encode(vision.to(torch.bfloat16), split, count, options.out / split)
+        encode(start.model.vision_tower.to(torch.bfloat16), split, count, options.out / split)
     if options.encode_only:
         return
     todo = [(v.name, str(s)) for v, s in planned(options.seeds) if not (results / f"{v.name}-{s}.json").exists()]
+    given = ["--out", str(options.out), "--steps", str(options.steps), "--jobs", str(options.jobs)]
     running: list[tuple[tuple[str, str], subprocess.Popen]] = []
     while todo or running:
         while todo and len(running) < options.jobs:
             one = todo.pop(0)
             print(f"ablations: {one[0]}, seed {one[1]}; {len(todo)} more to begin", flush=True)
-            command = [sys.executable, "-m", "longvlm.evaluation.ablations.run", *_given(options), "--only", *one]
+            command = [sys.executable, "-m", "longvlm.evaluation.ablations.run", *given, "--only", *one]
             log = open(options.out / f"{one[0]}-{one[1]}.log", "w")
             running.append((one, subprocess.Popen(command, stdout=log, stderr=log)))
         time.sleep(1)
@@ -188,11 +184,6 @@ def main() -> None:
             if process.returncode:
                 print(f"ablations: {one[0]}, seed {one[1]} failed: see {options.out}/{one[0]}-{one[1]}.log")
     write_report(results, options.report)
-
-
-def _given(options) -> list[str]:
-    given = ["--out", str(options.out), "--steps", str(options.steps), "--jobs", str(options.jobs)]
-    return [*given, "--vision", str(options.vision)] if options.vision else given
 
 
 if __name__ == "__main__":

@@ -89,11 +89,6 @@ def condense(variant: Variant, patches: Tensor, class_tokens: Tensor) -> tuple[T
     return merged.flatten(0, 1), global_tokens
 
 
-def frames_per_token_group(variant: Variant) -> int:
-    """Frames that a run of local tokens stands for."""
-    return {"frame mean": 10, "spatial + temporal": 2}.get(variant.pooling, variant.k)
-
-
 def num_tokens(variant: Variant, num_frames: int = 100, num_patches: int = 64, width: int = 8) -> int:
     """Tokens that a video becomes."""
     parts = condense(variant, torch.rand(num_frames, num_patches, width), torch.rand(4, num_frames, width))

@@ -197,6 +197,28 @@ def test_training_that_goes_on_gives_the_losses_of_one_that_was_never_stopped(wo
         torch.testing.assert_close(one, other, atol=1e-6, rtol=0)
 
 
+def test_logits_before_the_first_answer_are_not_made_and_the_loss_is_the_same(world, tmp_path):
+    trainer = run(world, tmp_path / "out", max_steps=1)
+    collator = LongVLMDataCollator(LongVLMProcessor.from_pretrained(world / "model"))
+    rows = [("a", "Who?", "A man."), ("b", "Who is it, and why?", "Two men.")]
+    batch = collator(
+        [{"video_id": str(world / "videos" / f"{video}.mp4"), "q": q, "a": answer} for video, q, answer in rows]
+    )
+    model, seen = trainer.model.train(), []
+    hook = model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(output.shape[1]))
+    results = []
+    for loss_of in (lambda: trainer.compute_loss(model, batch), lambda: model(**batch, use_cache=False).loss):
+        model.zero_grad()
+        loss = loss_of()
+        loss.backward()
+        results.append((loss, model.model.multi_modal_projector.linear_1.weight.grad.clone()))
+    hook.remove()
+    torch.testing.assert_close(results[0], results[1])
+    answers = (batch["labels"] != -100).any(0).nonzero().flatten()
+    assert seen == [batch["labels"].shape[1] - int(answers[0]) + 1, batch["labels"].shape[1]]
+    assert seen[0] < seen[1] - 10
+
+
 def test_evaluation_during_training(world, tmp_path):
     trainer = run(
         world, tmp_path / "out", max_steps=4, eval_data=[str(world / "rows.json")], eval_strategy="steps", eval_steps=2

@@ -3,8 +3,9 @@ embedding rows of the video tokens, and whole checkpoints only when it goes on.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils.data import Sampler
@@ -42,6 +43,18 @@ class LengthSampler(Sampler[int]):
         return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
 
 
+def from_first_answer(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Labels, and with them logits, from where the first row begins to answer: the same loss.
+
+    What stands before is mostly video, and a vocabulary of logits for each of its tokens costs time and memory.
+    """
+    labels = inputs["labels"]
+    answered = (labels != -100).any(0).nonzero()
+    # A label is read from the logits one before.
+    first = max(int(answered[0]) - 1, 0) if len(answered) else 0
+    return {**inputs, "labels": labels[:, first:], "logits_to_keep": labels.shape[1] - first}
+
+
 class LongVLMTrainer(Trainer):
     """
     Takes what `Trainer` takes; `model` is what `prepare_model` gave, `train_dataset` a `VideoChatDataset`.
@@ -70,6 +83,8 @@ class LongVLMTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
         has_video = "pixel_values_videos" in inputs or "video_features" in inputs
         inputs = {**inputs, "use_cache": False}  # each batch is read once
+        if model.training and "labels" in inputs:
+            inputs = from_first_answer(inputs)
         loss, rest = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
         if model.training and not self.is_fsdp_enabled:
             # A part that a batch does not use still has to have a gradient, of 0: processes wait for each other's.

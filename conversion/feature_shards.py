@@ -137,6 +137,20 @@ class FeatureWriter:
         """Adds a video: local `(L, d)` and memory `(rows, d)`, both of one floating dtype.
 
         Raises:
+            ValueError: see `check`.
+        """
+        self.check(video, local, memory)
+        self._index["width"] = local.shape[1]
+        self._waiting[f"{video}/local"] = local.contiguous()
+        self._waiting[f"{video}/memory"] = memory.contiguous()
+        self._waiting_videos[video] = {"local": len(local), "memory": len(memory)}
+        if sum(t.nbytes for t in self._waiting.values()) >= self.shard_bytes:
+            self.flush()
+
+    def check(self, video: str, local: Tensor, memory: Tensor) -> None:
+        """Whether a video can be added.
+
+        Raises:
             ValueError: shapes or values that cannot be, or a video that is there.
         """
         if video in self:
@@ -156,12 +170,6 @@ class FeatureWriter:
             raise ValueError(
                 f"{len(local)} local rows and {len(memory)} memory rows; at least 1 and {rows} are wanted"
             )
-        self._index["width"] = width
-        self._waiting[f"{video}/local"] = local.contiguous()
-        self._waiting[f"{video}/memory"] = memory.contiguous()
-        self._waiting_videos[video] = {"local": len(local), "memory": len(memory)}
-        if sum(t.nbytes for t in self._waiting.values()) >= self.shard_bytes:
-            self.flush()
 
     def flush(self) -> None:
         """Writes what waits as a shard, then the index."""

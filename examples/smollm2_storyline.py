@@ -217,6 +217,7 @@ def fine_tune(out: Path, name: str, *, steps: int, rate: float, options: argpars
         "learning_rate": rate,
         "lr_scheduler_type": "cosine",
         "warmup_steps": 0.05,
+        "train_sampling_strategy": "group_by_length",
         "per_device_train_batch_size": options.batch_size * ROWS_A_STEP[plan["rows"]],
         "bf16": True,
         "seed": options.seed,

@@ -29,11 +29,13 @@ def extract_command(
     from accelerate import PartialState
     from transformers.utils import logging
 
+    from longvlm.asking import show_warnings_in_one_line
     from longvlm.registration import LongVLMForConditionalGeneration, LongVLMProcessor
     from longvlm.training.features import extract_features
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    show_warnings_in_one_line(sys.stderr)
     state = PartialState(cpu=not torch.accelerator.is_available())
     options = {"num_frames": num_frames, "fps": fps, "max_frames": max_frames}
     report = extract_features(

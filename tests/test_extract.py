@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from longvlm.conversion.feature_shards import FeatureReader
+from longvlm.conversion.feature_shards import FeatureReader, FeatureWriter
 from longvlm.training.features import check_features, extract_features, feature_metadata
 from tests.tiny_models import save_tiny_longvlm, tiny_longvlm, write_video
 
@@ -66,6 +66,21 @@ def test_a_broken_video_does_not_stop_the_rest(videos, tmp_path):
     check_whole(tmp_path, model, processor, videos)
     again = extract_features([videos], tmp_path, model=model, processor=processor)
     assert (again.encoded, again.there_before, again.failed) == (0, 5, 1)
+    check_whole(tmp_path, model, processor, videos)
+
+
+def test_a_full_disk_is_not_blamed_on_a_video(videos, tmp_path, monkeypatch):
+    model, processor = tiny_longvlm()
+
+    def flush(self):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(FeatureWriter, "flush", flush)
+    with pytest.raises(OSError, match="No space left"):
+        extract_features([videos], tmp_path, model=model, processor=processor, shard_bytes=1)
+    monkeypatch.undo()
+    report = extract_features([videos], tmp_path, model=model, processor=processor)
+    assert (report.encoded, report.failed) == (5, 1)
     check_whole(tmp_path, model, processor, videos)
 
 

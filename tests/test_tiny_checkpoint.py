@@ -70,8 +70,11 @@ def test_scores_of_other_weights_are_not_taken(tmp_path):
     folder, file = longvlm.tiny_checkpoint(), tmp_path / "scores.json"
     assert measure(folder, file, {}) == {}
     kept = json.loads(file.read_text(encoding="utf-8"))
-    file.write_text(json.dumps({**kept, "results": {"known": 1}}), encoding="utf-8")
-    assert measure(folder, file, {}) == {"known": 1}
+    file.write_text(json.dumps({**kept, "results": {"known": 1, "old": 2}}), encoding="utf-8")
+    assert measure(folder, file, {"known": {}}) == {"known": 1}
+    # What is missing is measured, and only that.
+    results = measure(folder, file, {"known": {}, "blind": {"num_stories": 1, "num_frames": 10, "video": "none"}})
+    assert results["known"] == 1 and results["blind"]["run"]["video"] == "none"
     file.write_text(json.dumps({"weights": "others", "results": {"known": 1}}), encoding="utf-8")
     assert measure(folder, file, {}) == {}
 
@@ -79,6 +82,10 @@ def test_scores_of_other_weights_are_not_taken(tmp_path):
 def test_card_tells_the_scores_that_were_measured():
     folder = longvlm.tiny_checkpoint()
     card = (folder / "README.md").read_text(encoding="utf-8")
-    for result in json.loads((folder / "scores.json").read_text(encoding="utf-8")).values():
+    scores = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
+    for result in scores.values():
         assert f"**{100 * result['accuracy']:.1f}**" in card
         assert result["run"]["split"] == "test"
+    # What was promised of the checkpoint.
+    assert scores["100 frames"]["accuracy"] >= 0.90 and scores["1,000 frames"]["accuracy"] >= 0.75
+    assert min(kind["accuracy"] for kind in scores["100 frames"]["kinds"].values()) >= 0.75

@@ -152,6 +152,22 @@ def test_full_training_with_the_vision_tower_changes_every_part(world, tmp_path)
         assert any(name.startswith(part) for name in changed), part
 
 
+@pytest.mark.parametrize("options", [{"train": "projector"}, {"train": "lora"}, {"train": "full"}], ids=str)
+def test_what_is_trained_of_a_bfloat16_model_is_float32(world, tmp_path, options):
+    trainer = run(world, tmp_path / "out", dtype="bfloat16", max_steps=1, **options)
+    dtypes = {name: p.dtype for name, p in trainer.model.named_parameters() if p.requires_grad}
+    assert any("projector" in name for name in dtypes) and set(dtypes.values()) == {torch.float32}, dtypes
+    frozen = {p.dtype for name, p in trainer.model.named_parameters() if "vision_tower" in name}
+    assert frozen == {torch.bfloat16}
+
+
+def test_the_loss_goes_to_tensorboard(world, tmp_path):
+    pytest.importorskip("tensorboard")
+    run(world, tmp_path / "out", max_steps=2, report_to="tensorboard")
+    (events,) = (tmp_path / "out").rglob("events.out.tfevents.*")
+    assert b"train/loss" in events.read_bytes()
+
+
 def test_rows_without_videos_leave_the_projector_as_it_is(world, tmp_path):
     (tmp_path / "text.json").write_text(json.dumps([{"q": "And two?", "a": "Four."}] * 4))
     options = {"train_data": [str(tmp_path / "text.json")], "max_steps": 2}
@@ -174,6 +190,8 @@ SCHEDULES = {
     "shuffled": {},
     "by length": {"train_sampling_strategy": "group_by_length"},
     "accumulated": {"gradient_accumulation_steps": 2, "gradient_checkpointing": True},
+    "lora": {"train": "lora"},
+    "bfloat16": {"dtype": "bfloat16"},  # what is trained is float32 all the same, and goes on as such
 }
 
 
@@ -235,6 +253,17 @@ def test_features_that_do_not_fit_are_refused(world, tmp_path):
         run(world, tmp_path / "out", train_vision_tower=True)
 
 
+def test_features_of_other_frames_are_trained_on_when_their_options_are_given(world, tmp_path):
+    model = LongVLMForConditionalGeneration.from_pretrained(world / "model")
+    processor, folder = LongVLMProcessor.from_pretrained(world / "model"), tmp_path / "features"
+    extract_features([world / "videos"], folder, model=model, processor=processor, video_options={"num_frames": 4})
+    with pytest.raises(ValueError, match=r"num_frames is 4 and not 8; .* give the num_frames, fps or max_frames"):
+        run(world, tmp_path / "out", features=[str(folder)])
+    from_features = losses(run(world, tmp_path / "out", features=[str(folder)], num_frames=4, max_steps=2))
+    from_videos = losses(run(world, tmp_path / "videos", videos=True, num_frames=4, max_steps=2))
+    assert from_features == pytest.approx(from_videos, abs=1e-5)
+
+
 def test_mistakes_in_a_configuration_are_told_in_one_line(tmp_path):
     config = tmp_path / "config.yaml"
     for text, message in {
@@ -242,6 +271,8 @@ def test_mistakes_in_a_configuration_are_told_in_one_line(tmp_path):
         "train_data: [x]": "required: --model",
         "model: m\ntrain_data: [x]\ntrain: everything": 'train: "everything" is not known',
         "model: m\ntrain_data: [x]\nlearning_rate: fast": "invalid float value: 'fast'",
+        "model: m\ntrain_data: [x]\ntrain_weights: [a]": "train_weights must be a list of numbers, not hold 'a'",
+        "model: m\ntrain_data: {x: 1}": "train_data must be a list of single values, not hold {'x': 1}",
         "- model": "must hold options",
     }.items():
         config.write_text(text)
@@ -250,6 +281,10 @@ def test_mistakes_in_a_configuration_are_told_in_one_line(tmp_path):
     config.write_text("model: m\ntrain_data: [x]\nlearning_rate: 2e-5\nuse_cpu: true")
     *_, training = parse_arguments([str(config), "--learning_rate", "1e-3", "--output_dir", str(tmp_path)])
     assert training.learning_rate == 1e-3 and training.remove_unused_columns is False
+    # One value instead of a list of one.
+    config.write_text("model: m\ntrain_data: rows.json\ntrain_weights: 2\nfeatures: features\nuse_cpu: true")
+    _, data, *_ = parse_arguments([str(config), "--output_dir", str(tmp_path)])
+    assert (data.train_data, data.train_weights, data.features) == (["rows.json"], [2.0], ["features"])
 
 
 def command(*arguments):

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from longvlm.conversion.feature_shards import FeatureWriter
 from longvlm.training.collator import LongVLMDataCollator
 from longvlm.training.data import build_dataset
 from longvlm.training.labels import encode_chat
@@ -167,6 +168,9 @@ def test_every_dropped_row_is_named_with_its_reason(videos, tmp_path):
         {"q": "Two and two?", "a": "Four."},
         {"whatever": 1},
         {"messages": [{"role": "tool", "content": "x"}]},
+        {"messages": [{"role": ["user"], "content": "x"}]},
+        {"video_id": 12345, "q": "Who?", "a": "A man."},
+        {"video": {"file": "long.mp4"}, "question": "Who?", "answer": "A man."},
     ]
     text = "\n".join(json.dumps(line) for line in lines[:3]) + "\n{oops\n\n"
     (tmp_path / "rows.jsonl").write_text(text + "\n".join(json.dumps(line) for line in lines[3:]))
@@ -182,13 +186,29 @@ def test_every_dropped_row_is_named_with_its_reason(videos, tmp_path):
         ("8", "videos and places differ"),
         ("10", "unknown form"),
         ("11", "unknown role"),
+        ("12", "unknown role"),
+        ("13", "missing video"),
+        ("14", "broken video"),
     }
     report.save(tmp_path / "report.json")
     saved = json.loads((tmp_path / "report.json").read_text())
     assert saved["kept"] == 2 and '"missing" is not in' in saved["dropped"][0]["reason"]
-    assert str(report).startswith("2 rows kept, 8 dropped: ")
+    assert str(report).startswith("2 rows kept, 11 dropped: ")
     with pytest.raises(ValueError, match="no row to train on is left"):
         build_dataset([[{"q": "Who?", "a": ""}]], processor)
+
+
+def test_features_of_another_video_of_that_name_are_not_taken(tmp_path):
+    with FeatureWriter(tmp_path, num_global_layers=2) as writer:
+        for name in ("v_0", "v_1", "more/v_2"):
+            writer.add(name, torch.zeros(4, 16), torch.zeros(2, 16))
+    (tmp_path / "failed.jsonl").write_text(json.dumps({"video": "other/v_1", "reason": "it is cut"}) + "\n")
+    names = ["v_0", "videos/v_0.mp4", "more/v_2.mp4", "more/v_0", "other/v_1.mp4"]
+    rows = [{"video": name, "question": "Who?", "answer": "A man."} for name in names]
+    dataset, report = build_dataset([rows], processor_for(byte_level_tokenizer()), features=[tmp_path])
+    assert [chat.features for chat in dataset.chats] == [((0, "v_0"),), ((0, "v_0"),), ((0, "more/v_2"),)]
+    assert '"more/v_0" in' in report.dropped[0].reason
+    assert "could not be extracted: it is cut" in report.dropped[1].reason
 
 
 def test_json_parquet_and_datasets_give_the_same_rows(tmp_path):

@@ -27,6 +27,7 @@ from longvlm.training.rows import BadRow, as_messages, videos_in, without_videos
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".ts", ".mpg", ".mpeg", ".flv", ".wmv", ".gif")
 # The released code's data files name the files of features that its tools made.
 FEATURE_SUFFIXES = (".pkl",)
+FAILED = "failed.jsonl"  # in a folder of features
 
 
 @dataclass(frozen=True)
@@ -272,9 +273,9 @@ class _Videos:
         return messages, (), counts
 
     def _find(self, video: Any) -> tuple[Any, int]:
-        if not isinstance(video, (str, Path)):
+        if not isinstance(video, (str, Path, int)):
             return video, self._count(video)
-        name = str(video)
+        name = str(video)  # names of some datasets are numbers
         if name not in self._known:
             try:
                 path = name if "://" in name else self._locate(name)
@@ -302,6 +303,9 @@ class _Videos:
 
         if not isinstance(video, (str, Path, bytes)) and not hasattr(video, "read"):
             shape = getattr(video, "shape", None)
+            if shape is None and not isinstance(video, (list, tuple)):
+                wanted = "a file, its bytes, an array or a list of frames"
+                raise BadRow("broken video", f"a {type(video).__name__} is no video; give {wanted}")
             total = shape[0] if shape is not None else len(video)
             return len(self.processor.video_processor.sample_frames({"total_num_frames": total}, **self.options))
         try:
@@ -313,12 +317,23 @@ class _Videos:
         raise BadRow("broken video", "it has no frames")
 
 
+def read_failed(folder: str | Path) -> dict[str, str]:
+    """Name -> reason of the videos in the folder's `failed.jsonl`, if it has one."""
+    file = Path(folder) / FAILED
+    if not file.exists():
+        return {}
+    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    return {one["video"]: one["reason"] for one in lines}
+
+
 class _Features:
     """Finds the features of the video that a row names."""
 
     def __init__(self, readers: Sequence[FeatureReader], processor):
         self.readers = readers
         self.processor = processor
+        self.failed = {name: reason for reader in readers for name, reason in read_failed(reader.folder).items()}
+        self.folders = {Path(name).parent.as_posix() for reader in readers for name in reader}
 
     def find(self, messages: list[dict]) -> tuple[list[dict], tuple, list[int]]:
         """-> the chat with bare places, the names of its features, and the tokens of each video."""
@@ -327,11 +342,18 @@ class _Features:
         return without_videos(messages), names, counts
 
     def _find(self, video: Any) -> tuple[int, str]:
-        if not isinstance(video, (str, Path)):
+        if not isinstance(video, (str, Path, int)):
             raise BadRow("missing video", f"features are found by name, and the row has a {type(video).__name__}")
-        name = Path(video).as_posix()
+        name = Path(str(video)).as_posix()
         without = Path(name).with_suffix("").as_posix() if Path(name).suffix else name
-        for wanted in (name, without, Path(name).name, Path(without).name):
+        names = [name, without]
+        for failed in names:
+            if failed in self.failed:
+                raise BadRow("missing video", f'the video "{name}" could not be extracted: {self.failed[failed]}')
+        # Without the folder, which may be that of all videos; not if it is one that features have in their names.
+        if Path(name).parent.as_posix() not in self.folders:
+            names += [Path(name).name, Path(without).name]
+        for wanted in names:
             for number, reader in enumerate(self.readers):
                 if wanted in reader:
                     return number, wanted
@@ -339,4 +361,12 @@ class _Features:
         raise BadRow("missing video", f'there are no features of the video "{name}" in {folders}')
 
 
-__all__ = ["VIDEO_SUFFIXES", "DataReport", "DroppedRow", "VideoChatDataset", "build_dataset", "read_rows"]
+__all__ = [
+    "VIDEO_SUFFIXES",
+    "DataReport",
+    "DroppedRow",
+    "VideoChatDataset",
+    "build_dataset",
+    "read_failed",
+    "read_rows",
+]

@@ -26,9 +26,9 @@ from tqdm import tqdm
 
 from longvlm.conversion.feature_shards import FeatureReader, FeatureWriter, fingerprint
 from longvlm.conversion.parts import IMAGE_OPTIONS
-from longvlm.training.data import VIDEO_SUFFIXES
+from longvlm.training.data import FAILED, VIDEO_SUFFIXES, read_failed
 
-FAILED, PART, SHARDS = "failed.jsonl", ".part-{:05}", "features-*.safetensors"
+PART, SHARDS = ".part-{:05}", "features-*.safetensors"
 METHOD = (
     "frames_per_segment",
     "tokens_per_segment",
@@ -142,8 +142,9 @@ def check_features(reader: FeatureReader, metadata: Mapping[str, Any], num_globa
     names = [name for name in sorted({*wanted, *made}) if wanted.get(name) != made.get(name)]
     differences = ", ".join(f"{name} is {made.get(name)!r} and not {wanted.get(name)!r}" for name in names[:4])
     raise ValueError(
-        f"the features in {reader.folder} do not fit the model: {differences}; extract them again with this model, or "
-        "set check_features: false if you know better"
+        f"the features in {reader.folder} do not fit the model: {differences}; extract them again with this model, "
+        "give the num_frames, fps or max_frames that they were extracted with, or set check_features: false if you "
+        "know better"
     )
 
 
@@ -205,11 +206,13 @@ def extract_features(
                 features = model.encode_video(pieces)
                 (local,), (memory,) = features.local_features, features.global_features
                 local, memory = (t.to("cpu", store_dtype or t.dtype, copy=True) for t in (local, memory))
-                writer.add(name, local, memory)
+                writer.check(name, local, memory)
             except (ValueError, OSError) as error:
                 reason = " ".join(str(error).split())
                 failed.write(json.dumps({"video": name, "reason": reason}, ensure_ascii=False) + "\n")
                 failed.flush()
+            else:
+                writer.add(name, local, memory)  # a disk that is full is no fault of this video
             bar.update()
     state.wait_for_everyone()
     if state.is_main_process:
@@ -254,9 +257,8 @@ def _adopt_parts(out: Path, num_global_layers: int, metadata: Mapping[str, Any])
 def _write_failed(out: Path, asked: set[str], done: set[str]) -> None:
     """One list of what failed: now, or earlier among videos that were not asked for this time."""
     lines = []
-    if (out / FAILED).exists():
-        before = [json.loads(line) for line in (out / FAILED).read_text(encoding="utf-8").splitlines()]
-        lines += [one for one in before if one["video"] not in asked and one["video"] not in done]
+    before = read_failed(out).items()
+    lines += [{"video": name, "reason": reason} for name, reason in before if name not in asked and name not in done]
     for file in sorted(out.glob(f"{PART.format(0).replace('00000', '*')}/{FAILED}")):
         lines += [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     if not lines:

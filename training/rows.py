@@ -129,7 +129,7 @@ def _text(value: Any, name: str) -> str:
 def _read_message(turn: Any, role_key: str, content_key: str) -> dict:
     if not isinstance(turn, Mapping) or role_key not in turn:
         raise BadRow("unknown form", f'a turn must have "{role_key}" and "{content_key}", not {turn!r:.60}')
-    role = ROLES.get(turn[role_key])
+    role = ROLES.get(turn[role_key]) if isinstance(turn[role_key], str) else None
     if role is None:
         raise BadRow("unknown role", f'"{role_key}" is {turn[role_key]!r}; known are {", ".join(ROLES)}')
     content = turn.get(content_key)

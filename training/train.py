@@ -5,6 +5,7 @@ The configuration has the fields of `ModelArguments`, `DataArguments`, `TuningAr
 `TrainingArguments`, in one flat list; flags win over it. See docs/training.md.
 """
 
+import argparse
 import difflib
 import json
 import os
@@ -15,7 +16,7 @@ from typing import Any, NoReturn
 
 import torch
 import yaml
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import HfArgumentParser, TrainingArguments, set_seed
 from transformers.utils import logging
 
 from longvlm.conversion.feature_shards import FeatureReader
@@ -57,6 +58,9 @@ class DataArguments:
     check_features: bool = field(
         default=True, metadata={"help": "Refuse features that another model or other settings made."}
     )
+    num_frames: int | None = field(default=None, metadata={"help": "Of each video; as `longvlm extract` was given."})
+    fps: float | None = field(default=None, metadata={"help": "Instead: frames of a second, likewise."})
+    max_frames: int | None = field(default=None, metadata={"help": "At most so many frames, likewise."})
     max_length: int | None = field(default=2048, metadata={"help": "Tokens of a row at most, videos included."})
     too_long: str = field(default="drop", metadata={"help": "drop longer rows, or truncate the end of their text."})
     chat_template: str | None = field(default=None, metadata={"help": "Instead of the processor's."})
@@ -64,6 +68,12 @@ class DataArguments:
     def __post_init__(self):
         if self.too_long not in TOO_LONG:
             raise ValueError(f'too_long: "{self.too_long}" is not known; use {" or ".join(TOO_LONG)}')
+
+    @property
+    def video_options(self) -> dict[str, Any]:
+        """Of the video processor."""
+        options = {"num_frames": self.num_frames, "fps": self.fps, "max_frames": self.max_frames}
+        return {name: value for name, value in options.items() if value is not None}
 
 
 def parse_arguments(arguments: list[str]) -> tuple[ModelArguments, DataArguments, TuningArguments, TrainingArguments]:
@@ -91,6 +101,8 @@ def parse_arguments(arguments: list[str]) -> tuple[ModelArguments, DataArguments
                 hint = f"; did you mean {close[0]}?" if close else ""
                 raise ValueError(f"{arguments[0]}: {name} is no option of the training{hint}")
             known[name].required = False
+            if known[name].nargs == "+" and config[name] is not None:
+                config[name] = _as_list(config[name], known[name], f"{arguments[0]}: {name}")
         parser.set_defaults(**config)
         arguments = arguments[1:]
     model, data, tuning, training = parser.parse_args_into_dataclasses(args=arguments)
@@ -101,6 +113,20 @@ def parse_arguments(arguments: list[str]) -> tuple[ModelArguments, DataArguments
     if training.ddp_find_unused_parameters is None:
         training.ddp_find_unused_parameters = False
     return model, data, tuning, training
+
+
+def _as_list(value: Any, option: argparse.Action, where: str) -> list:
+    """A list's values in their type; argparse does so for flags only. One value alone is a list of one."""
+    kind = option.type if isinstance(option.type, type) else str
+    values = []
+    for one in value if isinstance(value, list) else [value]:
+        if isinstance(one, (dict, list)):
+            raise ValueError(f"{where} must be a list of single values, not hold {one!r:.60}")
+        try:
+            values.append(kind(one))
+        except ValueError:
+            raise ValueError(f"{where} must be a list of numbers, not hold {one!r:.60}") from None
+    return values
 
 
 def _read_config(file: str) -> dict[str, Any]:
@@ -155,6 +181,7 @@ def train(
                 max_length=data_arguments.max_length,
                 too_long=data_arguments.too_long,
                 chat_template=data_arguments.chat_template,
+                video_options=data_arguments.video_options,
                 seed=training.seed,
                 progress=not training.disable_tqdm and training.should_log,
             )
@@ -163,6 +190,7 @@ def train(
         for name, report in reports.items():
             report.save(out / (REPORT if name == "train" else f"{name}_{REPORT}"))
             print(f"{name} data: {report}", file=sys.stderr)
+    set_seed(training.seed)  # adapters begin at random
     model = prepare_model(model, tuning)
     if training.should_log:
         trained = {id(p): p.numel() for p in model.parameters() if p.requires_grad}
@@ -175,6 +203,7 @@ def train(
             max_length=data_arguments.max_length,
             too_long=data_arguments.too_long,
             chat_template=data_arguments.chat_template,
+            video_options=data_arguments.video_options,
         ),
         train_dataset=datasets["train"],
         eval_dataset=datasets.get("eval"),
@@ -225,7 +254,8 @@ def _check_readers(readers, model, processor, arguments: DataArguments, tuning: 
                 f"{config.num_global_layers}"
             )
         if arguments.check_features:
-            check_features(reader, feature_metadata(model, processor.video_processor), config.num_global_layers)
+            metadata = feature_metadata(model, processor.video_processor, arguments.video_options)
+            check_features(reader, metadata, config.num_global_layers)
 
 
 def main(arguments: list[str] | None = None) -> None:

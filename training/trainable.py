@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 PROJECTOR_FILE = "projector.safetensors"
-ROWS = "added_rows"
+ROWS, ROWS_FILE = "added_rows", "added_rows.safetensors"
 MODES = ("projector", "lora", "full")
 
 
@@ -59,6 +59,7 @@ def prepare_model(model, arguments: TuningArguments) -> nn.Module:
     Returns:
         The model to be trained: the same, or a `PeftModel`.
     """
+    model.model.multi_modal_projector.float()  # with LoRA as well, whose copy of it is what is trained
     if arguments.init_projector is not None:
         load_projector(model, arguments.init_projector)
     trained = [model.model.multi_modal_projector]
@@ -163,12 +164,24 @@ def with_stored_rows(state_dict: dict[str, Tensor], config) -> dict[str, Tensor]
     return stored
 
 
+def save_rows(model, folder: str | Path) -> None:
+    """Writes the rows beside a checkpoint as they are, float32: the table may be less exact."""
+    rows = getattr(_embeddings(model), ROWS, None)
+    if rows is not None:
+        save_file({ROWS: rows.detach().cpu()}, Path(folder) / ROWS_FILE)
+
+
 @torch.no_grad()
-def restore_rows(model) -> None:
-    """The other way, after the table was loaded."""
+def restore_rows(model, folder: str | Path | None = None) -> None:
+    """The other way, after the table was loaded; from what `save_rows` wrote into the checkpoint, if it did."""
     embeddings = _embeddings(model)
     rows = getattr(embeddings, ROWS, None)
-    if rows is not None:
+    if rows is None:
+        return
+    if folder is not None and (Path(folder) / ROWS_FILE).is_file():
+        with safe_open(Path(folder) / ROWS_FILE, framework="pt") as opened:
+            rows.copy_(opened.get_tensor(ROWS))
+    else:
         rows.copy_(embeddings.weight[video_token_ids(model.config)])
 
 
@@ -230,6 +243,7 @@ __all__ = [
     "prepare_model",
     "restore_rows",
     "save_projector",
+    "save_rows",
     "store_rows",
     "trainable_parameters",
     "video_token_ids",

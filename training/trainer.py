@@ -11,8 +11,16 @@ import torch
 from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_pt_utils import get_length_grouped_indices
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from longvlm.training.trainable import PROJECTOR_FILE, restore_rows, save_projector, store_rows, with_stored_rows
+from longvlm.training.trainable import (
+    PROJECTOR_FILE,
+    restore_rows,
+    save_projector,
+    save_rows,
+    store_rows,
+    with_stored_rows,
+)
 
 
 class _StoreRows(TrainerCallback):
@@ -103,18 +111,22 @@ class LongVLMTrainer(Trainer):
         elif not self.is_sharded:
             store_rows(self.model)
         super()._save(output_dir, state_dict=state_dict)
-        if self.save_projector_file and self.args.should_save and not self.is_sharded:
-            save_projector(self.model, Path(output_dir or self.args.output_dir) / PROJECTOR_FILE)
+        folder = Path(output_dir or self.args.output_dir)
+        if not self.is_sharded and self.args.should_save:
+            if folder.name.startswith(PREFIX_CHECKPOINT_DIR):  # to go on from; the result needs none
+                save_rows(self.model, folder)
+            if self.save_projector_file:
+                save_projector(self.model, folder / PROJECTOR_FILE)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         if not self.is_sharded:
-            restore_rows(self.model if model is None else model)
+            restore_rows(self.model if model is None else model, resume_from_checkpoint)
 
     def _load_best_model(self):
         super()._load_best_model()
         if not self.is_sharded:
-            restore_rows(self.model)
+            restore_rows(self.model, self.state.best_model_checkpoint)
 
 
 def last_whole_checkpoint(folder: str | Path) -> str | None:
@@ -131,4 +143,4 @@ def last_whole_checkpoint(folder: str | Path) -> str | None:
     return max(numbered)[1] if numbered else None
 
 
-__all__ = ["LengthSampler", "LongVLMTrainer", "last_whole_checkpoint"]
+__all__ = ["LengthSampler", "LongVLMTrainer", "from_first_answer", "last_whole_checkpoint"]

@@ -12,8 +12,9 @@ from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import SAFE_WEIGHTS_NAME
+
+from longvlm.training.trainer import last_whole_checkpoint
 
 
 class ScaffoldTrainer(Trainer):
@@ -68,13 +69,9 @@ def fit(model: nn.Module, dataset: IterableDataset, collate, folder: Path, **opt
         **options,
     )
     trainer = ScaffoldTrainer(model=model, args=arguments, train_dataset=dataset, data_collator=collate)
-    trainer.train(resume_from_checkpoint=last_checkpoint(folder))
-
-
-def last_checkpoint(folder: Path) -> str | None:
-    return get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    trainer.train(resume_from_checkpoint=last_whole_checkpoint(folder))
 
 
 def steps_done(folder: Path) -> int:
-    checkpoint = last_checkpoint(folder)
+    checkpoint = last_whole_checkpoint(folder)
     return int(checkpoint.rsplit("-", 1)[1]) if checkpoint else 0

@@ -64,8 +64,20 @@ def test_intervals_are_seeded_and_as_wide_as_theory_says():
     half_width = 1.96 * math.sqrt(0.75 * 0.25 / count)
     assert first["accuracy_low"] == pytest.approx(0.75 - half_width, abs=0.01)
     assert first["accuracy_high"] == pytest.approx(0.75 + half_width, abs=0.01)
+    for name in ("exact_match", "f1"):  # here the same numbers
+        assert (first[f"{name}_low"], first[f"{name}_high"]) == (first["accuracy_low"], first["accuracy_high"])
     narrow = LongVLMQA().compute(**arguments, num_resamples=4000, confidence=0.5)
     assert first["accuracy_low"] < narrow["accuracy_low"] < narrow["accuracy_high"] < first["accuracy_high"]
+
+
+def test_the_interval_of_f1_is_that_of_its_own_spread():
+    # F1 of 2/3 and of 1, half each: a standard deviation of 1/6.
+    count = 400
+    scores = LongVLMQA().compute(predictions=["red", "red star"] * (count // 2), references=["red star"] * count)
+    half_width = 1.96 / 6 / math.sqrt(count)
+    assert scores["f1_low"] == pytest.approx(5 / 6 - half_width, abs=0.003)
+    assert scores["f1_high"] == pytest.approx(5 / 6 + half_width, abs=0.003)
+    assert scores["exact_match_high"] - scores["exact_match_low"] > 4 * half_width
 
 
 @pytest.mark.parametrize(

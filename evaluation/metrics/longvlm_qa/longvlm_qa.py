@@ -23,10 +23,10 @@ Args:
     num_resamples, confidence, seed: of the bootstrap; 1000, 0.95 and 0.
 
 Returns:
-    dict of "accuracy", "accuracy_low", "accuracy_high" (bootstrap interval), "exact_match", "f1" (words in common;
-    mean over questions), "unparsed" (part of the predictions), "count", "mean_of_kinds" (mean of the kinds'
-    accuracies) and "kinds": {kind: the same scores}. All between 0 and 1. Of no predictions: count 0, and `None` for
-    every score.
+    dict of "accuracy", "exact_match" and "f1" (words in common; mean over questions), each also with "_low" and
+    "_high" (bootstrap interval), "unparsed" (part of the predictions), "count", "mean_of_kinds" (mean of the kinds'
+    accuracies) and "kinds": {kind: the same scores}. All between 0 and 1. Of no predictions: count 0, and `None`
+    for every score.
 """
 _CITATION = ""
 _ARTICLES = ("a", "an", "the")
@@ -96,24 +96,25 @@ class LongVLMQA(evaluate.Metric):
                 unparsed[i] = named is None
                 right[i] = named is not None and normalize_answer(named) == normalize_answer(reference)
 
+        def interval(values, stream):
+            # How often each value comes in a resample is a draw from a multinomial distribution.
+            found, counts = np.unique(values, return_counts=True)
+            dice, count = np.random.default_rng([seed, stream]), len(values)
+            draws = dice.multinomial(count, counts[::-1] / count, num_resamples) @ found[::-1] / count
+            return np.quantile(draws, [(1 - confidence) / 2, (1 + confidence) / 2])
+
         def scores(chosen, stream):
-            count = int(chosen.sum())
-            if not count:
-                names = ("accuracy", "accuracy_low", "accuracy_high", "exact_match", "f1", "unparsed")
-                return {**dict.fromkeys(names), "count": 0}
-            accuracy = float(right[chosen].mean())
-            # Resampling `count` values that are 0 or 1 and adding them is a draw from a binomial distribution.
-            draws = np.random.default_rng([seed, stream]).binomial(count, accuracy, num_resamples) / count
-            low, high = np.quantile(draws, [(1 - confidence) / 2, (1 + confidence) / 2])
-            return {
-                "accuracy": accuracy,
-                "accuracy_low": float(low),
-                "accuracy_high": float(high),
-                "exact_match": float(exact[chosen].mean()),
-                "f1": float(f1[chosen].mean()),
-                "unparsed": float(unparsed[chosen].mean()),
-                "count": count,
-            }
+            count, told = int(chosen.sum()), {}
+            for name, values in (("accuracy", right), ("exact_match", exact), ("f1", f1)):
+                told |= dict.fromkeys((name, f"{name}_low", f"{name}_high"))
+                if count:
+                    low, high = interval(values[chosen], stream)
+                    told |= {
+                        name: float(values[chosen].mean()),
+                        f"{name}_low": float(low),
+                        f"{name}_high": float(high),
+                    }
+            return {**told, "unparsed": float(unparsed[chosen].mean()) if count else None, "count": count}
 
         result = scores(np.ones(len(predictions), bool), 0)
         names = sorted(set(kinds)) if kinds is not None else []

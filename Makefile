@@ -66,7 +66,7 @@ smollm2: $(STAMP)
 tiny: $(STAMP)
 	$(BIN)/python -m longvlm.training.tiny.build --out longvlm/longvlm-tiny --work .cache/tiny
 
-# Trains and compares ways to condense a video; table and plot in docs/.
+# Trains and compares ways to condense a video (about an hour on 2 cores); table and plot in docs/.
 ablations: $(STAMP)
 	$(BIN)/python -m longvlm.evaluation.ablations.run --out .cache/ablations --report docs
 

@@ -54,7 +54,7 @@ def plot(runs: dict[str, list[dict]], file: Path) -> None:
         mean = statistics.mean(values)
         axes.barh(row, mean, color="#3b6ea5" if variant.main else "#a9b8c8", height=0.7)
         axes.plot(values, [row] * len(values), "o", color="black", markersize=3)
-        axes.text(mean + 1.5, row, f"{mean:.1f}", va="center", fontsize=9)
+        axes.text(max(values) + 1.5, row, f"{mean:.1f}", va="center", fontsize=9)
     labels = [f"{variant.title}, {runs[variant.name][0]['tokens']} tokens" for variant in shown]
     axes.set_yticks(range(len(shown)), labels, fontsize=9)
     axes.set_xlim(0, 100)

@@ -141,8 +141,9 @@ class FeatureWriter:
         """
         self.check(video, local, memory)
         self._index["width"] = local.shape[1]
-        self._waiting[f"{video}/local"] = local.contiguous()
-        self._waiting[f"{video}/memory"] = memory.contiguous()
+        # Copies: parts of one tensor, as of a video's pieces, could not be written into one file.
+        self._waiting[f"{video}/local"] = local.clone(memory_format=torch.contiguous_format)
+        self._waiting[f"{video}/memory"] = memory.clone(memory_format=torch.contiguous_format)
         self._waiting_videos[video] = {"local": len(local), "memory": len(memory)}
         if sum(t.nbytes for t in self._waiting.values()) >= self.shard_bytes:
             self.flush()

@@ -419,6 +419,17 @@ def test_wrong_folders_are_told_in_one_line(tmp_path, monkeypatch, capsys):
         FeatureReader(tmp_path / "empty")
 
 
+def test_parts_of_one_tensor_can_be_written(tmp_path):
+    whole = torch.arange(40.0).reshape(5, 8)
+    with FeatureWriter(tmp_path, num_global_layers=2) as writer:
+        writer.add("whole", whole, whole[:2])
+        writer.add("piece", whole[1:3], whole[:2])
+        whole.zero_()
+    reader = FeatureReader(tmp_path)
+    assert torch.equal(reader["piece"].local_features, reader["whole"].local_features[1:3])
+    assert reader["piece"].local_features[0, 0] == 8
+
+
 def test_shards_are_as_readable_as_other_files(tmp_path):
     with FeatureWriter(tmp_path / "features", num_global_layers=2) as writer:
         writer.add("video", torch.zeros(3, 8), torch.zeros(4, 8))

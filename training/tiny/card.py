@@ -47,7 +47,7 @@ never showed. Each question was asked alone. Accuracy in percent; in brackets a 
 
 {table}
 
-Chance is about 17 %, and so is what can be guessed from the questions (docs/storyline.md).
+Chance is about 17 %, and so is what can be guessed from the questions (docs/storyline.md).{blind}
 
 ## How it was made
 
@@ -71,6 +71,10 @@ Chance is about 17 %, and so is what can be guessed from the questions (docs/sto
 """
 
 
+_BLIND = """ Without a video it does not
+guess: most of what it says then ({:.0f} %) is no answer at all."""
+
+
 def card_text(results: Mapping[str, Mapping[str, Any]], about: Mapping[str, Any]) -> str:
     """`results`: name -> scores; `about`: what `build` knows of the model and its training."""
     config, parameters = about["config"], about["parameters"]
@@ -90,6 +94,7 @@ def card_text(results: Mapping[str, Mapping[str, Any]], about: Mapping[str, Any]
         num_video_tokens=config.num_video_tokens(100),
         stages="\n".join([*stages, f"- all: {minutes} min {rest} s"]),
         table=table(results),
+        blind=_BLIND.format(100 * results["no video"]["unparsed"]) if "no video" in results else "",
         note=f"{about['note']}\n\n" if about.get("note") else "",
         **{name: about[name] for name in ("machine", "versions", "vision_training", "stories", "language_training")},
     )

@@ -10,6 +10,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -22,7 +23,7 @@ from longvlm.evaluation.ablations.report import write_report
 from longvlm.evaluation.ablations.variants import VARIANTS, Variant, condense
 from longvlm.evaluation.storyline import KINDS, frames_at, middle_times
 from longvlm.training.tiny.language import LanguageWithHeads, train_language
-from longvlm.training.tiny.lessons import PromptMaker, load_lessons, pack
+from longvlm.training.tiny.lessons import Group, PromptMaker, load_lessons, pack
 from longvlm.training.tiny.pieces import find_pieces
 from longvlm.training.tiny.recipe import make_config, make_model, make_processor, make_tokenizer
 from longvlm.training.tiny.story_features import story_of, video_name
@@ -30,7 +31,7 @@ from longvlm.training.tiny.vision import FRAME_SIZE, normalised
 
 NUM_FRAMES = 100
 PIECE = 40  # frames; every K divides them
-PLAN = {NUM_FRAMES: 0.75, PIECE: 0.25}  # how often
+SHARES: Mapping[Group, float] = {NUM_FRAMES: 0.75, PIECE: 0.25}  # how often each comes
 
 
 def longvlm_tiny():
@@ -112,7 +113,7 @@ def run_one(start, variant: Variant, seed: int, folder: Path, *, steps: int) -> 
     # The same number of stories a step whatever their tokens: the same data in the same order for all.
     whole = lessons["train"][NUM_FRAMES]
     train_language(
-        learner, processor, lessons["train"], [(steps, PLAN)],
+        learner, processor, lessons["train"], [(steps, SHARES)],
         folder / f"{variant.name}-{seed}", seed=seed, num_questions=10, stories_a_step=12,
         learning_rate=5e-4,
     )  # fmt: skip

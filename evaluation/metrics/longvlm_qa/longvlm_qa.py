@@ -104,7 +104,8 @@ class LongVLMQA(evaluate.Metric):
             return np.quantile(draws, [(1 - confidence) / 2, (1 + confidence) / 2])
 
         def scores(chosen, stream):
-            count, told = int(chosen.sum()), {}
+            count = int(chosen.sum())
+            told: dict[str, float | None] = {}
             for name, values in (("accuracy", right), ("exact_match", exact), ("f1", f1)):
                 told |= dict.fromkeys((name, f"{name}_low", f"{name}_high"))
                 if count:

@@ -32,10 +32,8 @@ A video is {frames} frames, which are {video_tokens} tokens. All is made from {s
 - lora-pieces: {pieces:,} rows about pieces of up to three events, to be told, or to answer a question about;
 - lora-stories: {questions:,} questions of all kinds about whole stories, each alone with its video.
 
-The features of pieces are cut out of the stories'. That is how seeing is learned here: training on whole stories alone
-(100 steps of projector and 60 of LoRA, which told them; 120 of LoRA, which answered; 8 rows a step) gave 15 % on the
-test split, which is less than chance. No story of the test split is trained on, nor any combination of colour, shape
-and action that it has.
+The features of pieces are cut out of the stories'. No story of the test split is trained on, nor any combination of
+colour, shape and action that it has.
 
 Mean loss over the first and the last tenth of each training: {losses}.
 

@@ -73,14 +73,14 @@ def test_a_full_disk_is_not_blamed_on_a_video(videos, tmp_path, monkeypatch):
     model, processor = tiny_longvlm()
 
     def flush(self):
+        monkeypatch.undo()  # once: at the end of the run there is space again
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(FeatureWriter, "flush", flush)
     with pytest.raises(OSError, match="No space left"):
         extract_features([videos], tmp_path, model=model, processor=processor, shard_bytes=1)
-    monkeypatch.undo()
     report = extract_features([videos], tmp_path, model=model, processor=processor)
-    assert (report.encoded, report.failed) == (5, 1)
+    assert (report.encoded + report.there_before, report.failed) == (5, 1)
     check_whole(tmp_path, model, processor, videos)
 
 

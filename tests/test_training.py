@@ -237,6 +237,11 @@ def test_logits_before_the_first_answer_are_not_made_and_the_loss_is_the_same(wo
     assert seen[0] < seen[1] - 10
 
 
+def test_smoothed_labels_are_of_the_next_token(world, tmp_path):
+    smoothed = losses(run(world, tmp_path / "smoothed", max_steps=2, label_smoothing_factor=1e-9))
+    assert smoothed == pytest.approx(losses(run(world, tmp_path / "plain", max_steps=2)), abs=1e-4)
+
+
 def test_evaluation_during_training(world, tmp_path):
     trainer = run(
         world, tmp_path / "out", max_steps=4, eval_data=[str(world / "rows.json")], eval_strategy="steps", eval_steps=2
@@ -272,6 +277,7 @@ def test_mistakes_in_a_configuration_are_told_in_one_line(tmp_path):
         "model: m\ntrain_data: [x]\ntrain: everything": 'train: "everything" is not known',
         "model: m\ntrain_data: [x]\nlearning_rate: fast": "invalid float value: 'fast'",
         "model: m\ntrain_data: [x]\ntrain_weights: [a]": "train_weights must be a list of numbers, not hold 'a'",
+        "model: m\ntrain_data: [x]\ntrain_weights: [1, null]": "must be a list of numbers, not hold None",
         "model: m\ntrain_data: {x: 1}": "train_data must be a list of single values, not hold {'x': 1}",
         "- model": "must hold options",
     }.items():

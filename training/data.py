@@ -344,19 +344,18 @@ class _Features:
     def _find(self, video: Any) -> tuple[int, str]:
         if not isinstance(video, (str, Path, int)):
             raise BadRow("missing video", f"features are found by name, and the row has a {type(video).__name__}")
-        name = Path(str(video)).as_posix()
-        without = Path(name).with_suffix("").as_posix() if Path(name).suffix else name
-        names = [name, without]
-        for failed in names:
-            if failed in self.failed:
-                raise BadRow("missing video", f'the video "{name}" could not be extracted: {self.failed[failed]}')
-        # Without the folder, which may be that of all videos; not if it is one that features have in their names.
-        if Path(name).parent.as_posix() not in self.folders:
-            names += [Path(name).name, Path(without).name]
-        for wanted in names:
-            for number, reader in enumerate(self.readers):
-                if wanted in reader:
-                    return number, wanted
+        name = Path(str(video))
+        # Features have names from the folder of all videos on, which the row may name as well, with what is above it.
+        for start in range(len(name.parts)):
+            rest = Path(*name.parts[start:])
+            for wanted in (rest.as_posix(), rest.with_suffix("").as_posix()):
+                for number, reader in enumerate(self.readers):
+                    if wanted in reader:
+                        return number, wanted
+                if wanted in self.failed:
+                    raise BadRow("missing video", f'the video "{name}" could not be extracted: {self.failed[wanted]}')
+            if rest.parent.as_posix() in self.folders:
+                break  # else `more/v` would be taken for `v`
         folders = " or ".join(str(reader.folder) for reader in self.readers)
         raise BadRow("missing video", f'there are no features of the video "{name}" in {folders}')
 

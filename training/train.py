@@ -5,7 +5,6 @@ The configuration has the fields of `ModelArguments`, `DataArguments`, `TuningAr
 `TrainingArguments`, in one flat list; flags win over it. See docs/training.md.
 """
 
-import argparse
 import difflib
 import json
 import os
@@ -101,7 +100,7 @@ def parse_arguments(arguments: list[str]) -> tuple[ModelArguments, DataArguments
                 hint = f"; did you mean {close[0]}?" if close else ""
                 raise ValueError(f"{arguments[0]}: {name} is no option of the training{hint}")
             known[name].required = False
-            if known[name].nargs == "+" and config[name] is not None:
+            if known[name].nargs == "+" and known[name].type in (str, int, float) and config[name] is not None:
                 config[name] = _as_list(config[name], known[name], f"{arguments[0]}: {name}")
         parser.set_defaults(**config)
         arguments = arguments[1:]
@@ -115,17 +114,17 @@ def parse_arguments(arguments: list[str]) -> tuple[ModelArguments, DataArguments
     return model, data, tuning, training
 
 
-def _as_list(value: Any, option: argparse.Action, where: str) -> list:
+def _as_list(value: Any, option: Any, where: str) -> list:
     """A list's values in their type; argparse does so for flags only. One value alone is a list of one."""
-    kind = option.type if isinstance(option.type, type) else str
+    wanted = "single values" if option.type is str else "numbers"
     values = []
     for one in value if isinstance(value, list) else [value]:
-        if isinstance(one, (dict, list)):
-            raise ValueError(f"{where} must be a list of single values, not hold {one!r:.60}")
         try:
-            values.append(kind(one))
+            if one is None or isinstance(one, (dict, list)):
+                raise ValueError
+            values.append(option.type(one))
         except ValueError:
-            raise ValueError(f"{where} must be a list of numbers, not hold {one!r:.60}") from None
+            raise ValueError(f"{where} must be a list of {wanted}, not hold {one!r:.60}") from None
     return values
 
 

@@ -4,6 +4,7 @@ embedding rows of the video tokens, and whole checkpoints only when it goes on.
 
 import json
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,9 @@ class LongVLMTrainer(Trainer):
     def __init__(self, *args, save_projector_file: bool = False, **kwargs):
         super().__init__(*args, **kwargs)
         self.save_projector_file = save_projector_file
+        if self.label_smoother is not None:
+            # Trainer knows by the model's name whether labels are of the next token, and does not know this one.
+            self.label_smoother = partial(self.label_smoother, shift_labels=True)
         # Then no process has the table, and only the collected state dict can be written to.
         self.is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         if not self.is_sharded:

@@ -1,8 +1,10 @@
 """The page about SmolLM2 on Storyline, from what `examples/smollm2_storyline.py` measured."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from examples.smollm2_events import CHANCE
 from longvlm.evaluation.storyline import KINDS
 
 TRAINED, CONTROLS = "trained", ("trained, another story's video", "trained, no video")
@@ -37,6 +39,13 @@ colour, shape and action that it has.
 
 Mean loss over the first and the last tenth of each training: {losses}.
 
+## What it sees
+
+{events_count} single events of {test_stories} stories of the test split, told in words; how many of the words are
+right, in percent:
+
+{events_table}
+
 ## How well it answers
 
 {test_stories} stories of the test split, {count} questions, each asked alone; answers written freely by `generate()`,
@@ -59,9 +68,9 @@ def page(results: Mapping[str, Any]) -> str:
     """Markdown. `results`: what stands in `results.json`."""
     stages, scores, options = results["stages"], results["scores"], results["options"]
     trained = scores[TRAINED]
-    seconds = sum(one["seconds"] for group in (stages, scores) for one in group.values())
+    seconds = sum(one["seconds"] for group in (stages, results["events"], scores) for one in group.values())
     return _PAGE.format(
-        stages="\n".join(_stage_rows(stages, scores)),
+        stages="\n".join(_stage_rows(stages, results["events"], scores)),
         machine=results["machine"],
         versions=", ".join(f"{name} {number}" for name, number in results["versions"].items()),
         rates=", ".join(f"{stages[name]['learning_rate']:g}" for name in TRAININGS),
@@ -73,6 +82,8 @@ def page(results: Mapping[str, Any]) -> str:
         video_tokens=stages["assemble"]["video_tokens"],
         losses="; ".join(f"{name} {_loss(stages[name]['losses'])}" for name in TRAININGS),
         test_stories=options["test_stories"],
+        events_count=next(iter(results["events"].values()))["count"],
+        events_table=_events_table(results["events"]),
         count=trained["count"],
         table=_table(results["chance"], scores),
         unparsed=", ".join(f"{100 * one['unparsed']:.0f} % ({name})" for name, one in scores.items()),
@@ -81,7 +92,7 @@ def page(results: Mapping[str, Any]) -> str:
     )
 
 
-def _stage_rows(stages: Mapping[str, Any], scores: Mapping[str, Any]) -> list[str]:
+def _stage_rows(stages: Mapping[str, Any], events: Mapping[str, Any], scores: Mapping[str, Any]) -> list[str]:
     rows = [
         f"| assemble | SmolLM2, encoder, untrained projector | | | | {stages['assemble']['seconds']:.0f} |",
         f"| encode | {stages['features']['stories']:,} stories, once | | | | {stages['features']['seconds']:.0f} |",
@@ -94,6 +105,8 @@ def _stage_rows(stages: Mapping[str, Any], scores: Mapping[str, Any]) -> list[st
         steps = f"{one['steps']} | {one['batch_size']} | {one['seconds_per_step']}"
         rows.append(f"| {name} | {what} | {steps} | {one['seconds']:.0f} |")
     asking = sum(one["seconds"] for one in scores.values())
+    telling = sum(one["seconds"] for one in events.values())
+    rows.append(f"| tell | {len(events)} times {_any(events)['count']} events | | | | {telling:.0f} |")
     return [*rows, f"| ask | {len(scores)} times {_any(scores)['count']} questions | | | | {asking:.0f} |"]
 
 
@@ -124,6 +137,15 @@ def _table(chance: Mapping[str, float], scores: Mapping[str, Any]) -> str:
     return "\n".join(
         [*lines, f"| **all** | {_any(scores)['count']} | {100 * chance['all']:.1f} | {' | '.join(cells)} |"]
     )
+
+
+def _events_table(events: Mapping[str, Mapping[str, Any]]) -> str:
+    columns = (*CHANCE, "all")
+    chance = {**CHANCE, "all": math.prod(CHANCE.values())}
+    lines = [f"| | {' | '.join(columns)} |", f"|---|{'---:|' * len(columns)}"]
+    for name, one in {"chance": chance, **events}.items():
+        lines.append(f"| {name} | {' | '.join(f'{100 * one[column]:.0f}' for column in columns)} |")
+    return "\n".join(lines)
 
 
 def _reading(chance: Mapping[str, float], scores: Mapping[str, Any]) -> str:

@@ -30,6 +30,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging
 
 import longvlm
+from examples.smollm2_events import TELL, tell_events
 from examples.smollm2_report import page
 from longvlm.conversion.assemble import assemble
 from longvlm.conversion.feature_shards import FeatureReader, FeatureWriter
@@ -58,7 +59,6 @@ CHAT_TEMPLATE = """\
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}
 """
-TELL = "Tell the story of the video."
 # name -> what is trained, on which rows, from which checkpoint (or projector)
 TRAININGS: dict[str, dict[str, str]] = {
     "projector": {"train": "projector", "rows": "events", "model": "model"},
@@ -70,6 +70,12 @@ ROWS_A_STEP = {"events": 2, "pieces": 2, "stories": 1}
 MOST_EVENTS = {"events": 1, "pieces": 3}
 QUESTIONS_A_PIECE = 3
 FRAMES_PER_SEGMENT = METHOD["frames_per_segment"]
+EVENTS: dict[str, tuple[str, bool]] = {  # name -> checkpoint, whether another story's events are shown
+    "projector": ("projector", False),
+    "projector, another story's events": ("projector", True),
+    "lora-pieces": ("lora-pieces", False),
+    "lora-pieces, another story's events": ("lora-pieces", True),
+}
 SCORES: dict[str, tuple[str, str]] = {  # name -> checkpoint, video
     "untrained, no video": ("model", "none"),
     "trained": ("lora-stories", "true"),
@@ -88,7 +94,7 @@ class Stages:
     def __init__(self, out: Path, options: Mapping[str, Any]):
         self.file = out / "results.json"
         out.mkdir(parents=True, exist_ok=True)
-        self.results: dict[str, Any] = {"options": dict(options), "stages": {}, "scores": {}}
+        self.results: dict[str, Any] = {"options": dict(options), "stages": {}, "events": {}, "scores": {}}
         if self.file.exists():
             self.results = json.loads(self.file.read_text(encoding="utf-8"))
             before = self.results["options"]
@@ -100,7 +106,7 @@ class Stages:
 
     def do(self, group: str, name: str, make: Callable[[], Mapping[str, Any]]) -> None:
         """Runs `make` and keeps what it returns, and the seconds that it took, under `results[group][name]`."""
-        if name in self.results[group]:
+        if name in self.results.setdefault(group, {}):
             print(f"{name}: done before", flush=True)
             return
         print(f"{name} ...", flush=True)
@@ -286,6 +292,12 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             return fine_tune(out, name, steps=steps, rate=rate, options=options)
 
         stages.do("stages", name, fit)
+    for name, (checkpoint, swapped) in EVENTS.items():
+
+        def tell(checkpoint: str = checkpoint, swapped: bool = swapped) -> dict[str, Any]:
+            return tell_events(*load(out / checkpoint), options.test_stories, options.frames, swapped=swapped)
+
+        stages.do("events", name, tell)
     for name, (checkpoint, video) in SCORES.items():
 
         def ask(checkpoint: str = checkpoint, video: str = video) -> dict[str, Any]:

@@ -58,7 +58,7 @@ style: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# A real language model on Storyline: about 40 minutes on 2 cores; goes on where it was stopped.
+# A real language model on Storyline: about 50 minutes on 2 cores; goes on where it was stopped.
 smollm2: $(STAMP)
 	$(BIN)/python -m examples.smollm2_storyline --out .cache/smollm2 --report docs/smollm2.md
 

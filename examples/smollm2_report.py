@@ -57,6 +57,7 @@ Answers that name none of the possible answers, or several, are wrong; they were
 
 ## What this shows
 
+Single events, with the right video and with another story's: {seen}.
 {reading}
 
 One seed, one run, {minutes:.0f} minutes in all: a check that training works with a real language model, not a measure
@@ -87,6 +88,7 @@ def page(results: Mapping[str, Any]) -> str:
         count=trained["count"],
         table=_table(results["chance"], scores),
         unparsed=", ".join(f"{100 * one['unparsed']:.0f} % ({name})" for name, one in scores.items()),
+        seen=_seen(results["events"]),
         reading=_reading(results["chance"], scores),
         minutes=seconds / 60,
     )
@@ -146,6 +148,11 @@ def _events_table(events: Mapping[str, Mapping[str, Any]]) -> str:
     for name, one in {"chance": chance, **events}.items():
         lines.append(f"| {name} | {' | '.join(f'{100 * one[column]:.0f}' for column in columns)} |")
     return "\n".join(lines)
+
+
+def _seen(events: Mapping[str, Mapping[str, Any]]) -> str:
+    right, control = list(events.values())[-2:]  # of the last training that tells events
+    return ", ".join(f"{name} {100 * right[name]:.0f} and {100 * control[name]:.0f} %" for name in CHANCE)
 
 
 def _reading(chance: Mapping[str, float], scores: Mapping[str, Any]) -> str:

@@ -72,6 +72,8 @@ class LongVLMTrainer(Trainer):
         save_projector_file: also write `projector.safetensors` with each checkpoint.
     """
 
+    label_smoother: Any
+
     def __init__(self, *args, save_projector_file: bool = False, **kwargs):
         super().__init__(*args, **kwargs)
         self.save_projector_file = save_projector_file

@@ -1,5 +1,6 @@
 """Training of longvlm-tiny: what the packed lessons promise, and that an interrupted stage goes on."""
 
+import json
 from collections import Counter
 
 import numpy as np
@@ -11,6 +12,7 @@ from longvlm.evaluation.storyline.questions import NUMBERS
 from longvlm.training.tiny import vision as tiny_vision
 from longvlm.training.tiny.language import LOOKING_HEADS, LOOKING_LAYER, LanguageWithHeads, train_language
 from longvlm.training.tiny.lessons import IGNORED, Lessons, PromptMaker, load_lessons, make_lesson, pack
+from longvlm.training.tiny.loop import steps_done
 from longvlm.training.tiny.pointing import counted_in, counting_more, event_of
 from longvlm.training.tiny.recipe import METHOD, make_config, make_model, make_processor, make_tokenizer
 from longvlm.training.tiny.segment_truth import (
@@ -300,3 +302,11 @@ def test_truth_frames_are_those_of_the_renderer():
             ys, xs = mask.nonzero(as_tuple=True)
             assert abs(float(xs.float().mean() + 0.5) / 64 - pose[0]) < 0.06
             assert abs(float(ys.float().mean() + 0.5) / 64 - pose[1]) < 0.06
+
+
+def test_training_goes_on_from_the_last_whole_checkpoint(tmp_path):
+    for step in (3, 7):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    # As after a kill while the second was being written.
+    (tmp_path / "checkpoint-3" / "trainer_state.json").write_text(json.dumps({"global_step": 3}))
+    assert steps_done(tmp_path) == 3

@@ -206,7 +206,15 @@ def test_features_of_another_video_of_that_name_are_not_taken(tmp_path):
     with FeatureWriter(tmp_path / "again", num_global_layers=2) as writer:
         writer.add("other/v_3", torch.zeros(4, 16), torch.zeros(2, 16))
     (tmp_path / "again" / "failed.jsonl").write_text(json.dumps({"video": "v_0", "reason": "it is cut"}) + "\n")
-    names = ["v_0", "/at/videos/v_0.mp4", "videos/more/v_2.mp4", "more/v_0", "videos/other/v_1.mp4", "other/v_3.avi"]
+    names = [
+        "v_0",
+        "/at/videos/v_0.mp4",
+        "videos/more/v_2.mp4",
+        "more/v_0",
+        "videos/other/v_1.mp4",
+        "other/v_3.avi",
+        "/",
+    ]
     rows = [{"video": name, "question": "Who?", "answer": "A man."} for name in names]
     dataset, report = build_dataset(
         [rows], processor_for(byte_level_tokenizer()), features=[tmp_path, tmp_path / "again"]
@@ -215,6 +223,7 @@ def test_features_of_another_video_of_that_name_are_not_taken(tmp_path):
     assert found == [((0, "v_0"),), ((0, "v_0"),), ((0, "more/v_2"),), ((1, "other/v_3"),)]
     assert '"more/v_0" in' in report.dropped[0].reason
     assert "could not be extracted: it is cut" in report.dropped[1].reason
+    assert 'no features of the video "/"' in report.dropped[2].reason
 
 
 def test_json_parquet_and_datasets_give_the_same_rows(tmp_path):

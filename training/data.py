@@ -348,7 +348,7 @@ class _Features:
         # Features have names from the folder of all videos on, which the row may name as well, with what is above it.
         for start in range(len(name.parts)):
             rest = Path(*name.parts[start:])
-            for wanted in (rest.as_posix(), rest.with_suffix("").as_posix()):
+            for wanted in (rest.as_posix(), (rest.with_suffix("") if rest.suffix else rest).as_posix()):
                 for number, reader in enumerate(self.readers):
                     if wanted in reader:
                         return number, wanted

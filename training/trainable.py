@@ -165,7 +165,7 @@ def with_stored_rows(state_dict: dict[str, Tensor], config) -> dict[str, Tensor]
 
 
 def save_rows(model, folder: str | Path) -> None:
-    """Writes the rows beside a checkpoint as they are, float32: the table may be less exact."""
+    """Writes the rows `(3, LLM width)` beside a checkpoint as they are, float32: the table may be less exact."""
     rows = getattr(_embeddings(model), ROWS, None)
     if rows is not None:
         save_file({ROWS: rows.detach().cpu()}, Path(folder) / ROWS_FILE)

@@ -56,6 +56,12 @@ def from_first_answer(inputs: Mapping[str, Any]) -> dict[str, Any]:
     """Labels, and with them logits, from where the first row begins to answer: the same loss.
 
     What stands before is mostly video, and a vocabulary of logits for each of its tokens costs time and memory.
+
+    Args:
+        inputs: of the model, with `labels` int64 `(batch, length)`, -100 where there is no loss.
+
+    Returns:
+        The same, with `labels` `(batch, kept)` and `logits_to_keep` = kept; all of them if there is no label.
     """
     labels = inputs["labels"]
     answered = (labels != -100).any(0).nonzero()

@@ -90,11 +90,7 @@ def lessons_of(variant: Variant, folder: Path, split: str, processor, per_kind: 
     """Number of frames -> lessons."""
     reader = FeatureReader(folder / split / variant.name)
     stored = {name: _Stored(variant, reader[name].local_features, reader[name].memory) for name in reader}
-    lessons = load_lessons(stored, processor, split=split, frames_per_segment=variant.k, per_kind=per_kind)
-    if variant.pooling == "none":
-        for lesson in (lesson for group in lessons.values() for lesson in group):
-            lesson.truth = lesson.truth[:0]
-    return lessons
+    return load_lessons(stored, processor, split=split, frames_per_segment=variant.k, per_kind=per_kind)
 
 
 def run_one(start, variant: Variant, seed: int, folder: Path, *, steps: int) -> dict:

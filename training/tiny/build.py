@@ -179,14 +179,11 @@ def measure(checkpoint: Path, file: Path, scores) -> dict:
     weights, known = hashlib.sha256((checkpoint / SAFE_WEIGHTS_NAME).read_bytes()).hexdigest(), {}
     if file.exists() and (before := json.loads(file.read_text(encoding="utf-8"))).get("weights") == weights:
         known = before["results"]
-    if set(scores) <= set(known) and known:
-        return {name: known[name] for name in scores}
-    model = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype="auto").eval()
-    processor = AutoProcessor.from_pretrained(checkpoint)
-    results = {
-        name: known[name] if name in known else score(model, processor, "test", progress=True, **options)
-        for name, options in scores.items()
-    }
+    if missing := [name for name in scores if name not in known]:
+        model = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype="auto").eval()
+        processor = AutoProcessor.from_pretrained(checkpoint)
+        known |= {name: score(model, processor, "test", progress=True, **scores[name]) for name in missing}
+    results = {name: known[name] for name in scores}
     file.write_text(json.dumps({"weights": weights, "results": results}, indent=1) + "\n", encoding="utf-8")
     return results
 

@@ -38,7 +38,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from longvlm.conversion.feature_shards import FeatureReader, FeatureWriter
+from longvlm.features.store import FeatureReader, FeatureWriter
 from longvlm.training.collator import LongVLMDataCollator
 from longvlm.training.data import build_dataset
 from longvlm.training.trainable import TuningArguments, prepare_model

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from longvlm.conversion.feature_shards import FeatureWriter
+from longvlm.features.store import FeatureWriter
 
 FAILED = "failed.jsonl"
 SEGMENTS = 10  # of the original's 100 frames

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from longvlm.conversion.feature_shards import FeatureReader
+from longvlm.features.store import FeatureReader
 from longvlm.conversion.fetching import local_folder
 from longvlm.conversion.json_files import read_json_object
 from longvlm.conversion.key_maps import TO_MM_PROJECTOR

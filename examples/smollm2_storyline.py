@@ -33,12 +33,12 @@ import longvlm
 from examples.smollm2_events import TELL, tell_events
 from examples.smollm2_report import page
 from longvlm.conversion.assemble import assemble
-from longvlm.conversion.feature_shards import FeatureReader, FeatureWriter
+from longvlm.features.store import FeatureReader, FeatureWriter
 from longvlm.evaluation.storyline import KINDS, Story, chance_levels, make_questions, make_story, story_seed
 from longvlm.evaluation.storyline.blind import questions_of
 from longvlm.evaluation.storyline.questions import DOES
 from longvlm.evaluation.storyline.scoring import score
-from longvlm.training.features import extract_features
+from longvlm.features.extract import extract_features
 from longvlm.training.tiny.pieces import piece_of, windows_of
 from longvlm.training.tiny.recipe import MEAN, METHOD, STD
 from longvlm.training.tiny.story_features import StoryVideos, video_name

@@ -31,7 +31,7 @@ def extract_command(
 
     from longvlm.asking import show_warnings_in_one_line
     from longvlm.registration import LongVLMForConditionalGeneration, LongVLMProcessor
-    from longvlm.training.features import extract_features
+    from longvlm.features.extract import extract_features
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 
 from longvlm import cli
 from longvlm.conversion import feature_shards
-from longvlm.conversion.feature_shards import FeatureReader, FeatureWriter, fingerprint
+from longvlm.features.store import FeatureReader, FeatureWriter, fingerprint
 from longvlm.conversion.original_features import (
     convert_features,
     dump_float_array,

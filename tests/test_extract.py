@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from longvlm.conversion.feature_shards import FeatureReader, FeatureWriter
-from longvlm.training.features import check_features, extract_features, feature_metadata
+from longvlm.features.store import FeatureReader, FeatureWriter
+from longvlm.features.extract import check_features, extract_features, feature_metadata
 from tests.tiny_models import save_tiny_longvlm, tiny_longvlm, write_video
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -99,7 +99,7 @@ def test_killed_at_any_moment_no_video_is_lost_doubled_or_half_written(videos, t
     model, processor = tiny_longvlm()
     script = """
 import os, sys
-import longvlm.conversion.feature_shards as shards, longvlm.training.features as features
+import longvlm.features.store as shards, longvlm.features.extract as features
 from tests.tiny_models import tiny_longvlm
 model, processor = tiny_longvlm()
 left = int(sys.argv[3])

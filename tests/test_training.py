@@ -17,7 +17,7 @@ from packaging import version
 
 from longvlm import LongVLMForConditionalGeneration, LongVLMProcessor
 from longvlm.training.collator import LongVLMDataCollator
-from longvlm.training.features import extract_features
+from longvlm.features.extract import extract_features
 from longvlm.training.train import parse_arguments, train
 from longvlm.training.trainable import load_projector, video_token_ids
 from tests.tiny_models import save_tiny_longvlm, tiny_text_config, write_video

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from longvlm.conversion.feature_shards import FeatureWriter
+from longvlm.features.store import FeatureWriter
 from longvlm.training.collator import LongVLMDataCollator
 from longvlm.training.data import build_dataset
 from longvlm.training.labels import encode_chat

@@ -15,7 +15,7 @@ from accelerate.commands.launch import launch_command_parser
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 
-from longvlm.conversion.feature_shards import FeatureWriter
+from longvlm.features.store import FeatureWriter
 from longvlm.training.train import parse_arguments, train
 from tests.tiny_models import save_tiny_longvlm, tiny_longvlm, tiny_text_config, write_video
 

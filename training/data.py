@@ -19,7 +19,7 @@ from typing import Any
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from longvlm.conversion.feature_shards import FeatureReader
+from longvlm.features.store import FeatureReader
 from longvlm.processing.video_decoding import decode_video
 from longvlm.training.labels import encode_chat
 from longvlm.training.rows import BadRow, as_messages, videos_in, without_videos

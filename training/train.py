@@ -18,11 +18,11 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments, set_seed
 from transformers.utils import logging
 
-from longvlm.conversion.feature_shards import FeatureReader
+from longvlm.features.store import FeatureReader
 from longvlm.registration import LongVLMForConditionalGeneration, LongVLMProcessor
 from longvlm.training.collator import LongVLMDataCollator
 from longvlm.training.data import build_dataset
-from longvlm.training.features import check_features, feature_metadata
+from longvlm.features.extract import check_features, feature_metadata
 from longvlm.training.labels import TOO_LONG
 from longvlm.training.trainable import TuningArguments, prepare_model, trainable_parameters
 from longvlm.training.trainer import LongVLMTrainer, last_whole_checkpoint

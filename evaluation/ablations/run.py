@@ -18,7 +18,7 @@ from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, CLIPVisionModel
 from transformers.utils import logging
 
-from longvlm.conversion.feature_shards import FeatureReader, FeatureWriter
+from longvlm.features.store import FeatureReader, FeatureWriter
 from longvlm.evaluation.ablations.report import write_report
 from longvlm.evaluation.ablations.variants import VARIANTS, Variant, condense
 from longvlm.evaluation.storyline import KINDS, frames_at, middle_times

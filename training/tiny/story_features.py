@@ -5,9 +5,9 @@ from pathlib import Path
 
 import torch
 
-from longvlm.conversion.feature_shards import FeatureReader
+from longvlm.features.store import FeatureReader
 from longvlm.evaluation.storyline import Story, frames_at, make_story, middle_times, story_seed
-from longvlm.training.features import extract_features
+from longvlm.features.extract import extract_features
 from longvlm.training.tiny.pieces import piece_of
 from longvlm.training.tiny.vision import FRAME_SIZE
 

@@ -24,7 +24,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 from tqdm import tqdm
 
-from longvlm.conversion.feature_shards import FeatureReader, FeatureWriter, fingerprint
+from longvlm.features.store import FeatureReader, FeatureWriter, fingerprint
 from longvlm.conversion.parts import IMAGE_OPTIONS
 from longvlm.training.data import FAILED, VIDEO_SUFFIXES, read_failed
 

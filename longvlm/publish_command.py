@@ -45,8 +45,8 @@ def publish_command(
     from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
 
-    from longvlm.conversion.model_card import read_results
-    from longvlm.conversion.publishing import NotReady, publish
+    from longvlm.publishing.model_card import read_results
+    from longvlm.publishing.publish import NotReady, publish
 
     logging.set_verbosity_error()
     hub_logging.set_verbosity_error()

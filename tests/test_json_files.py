@@ -4,7 +4,7 @@ import pytest
 
 from longvlm.conversion.json_files import read_json_object
 from longvlm.conversion.llava import convert_llava
-from longvlm.conversion.model_card import read_config
+from longvlm.publishing.model_card import read_config
 from longvlm.conversion.to_original import convert_to_original
 
 WRONG = {"a list": b"[]", "text": b'"x"', "no JSON": b"{", "not UTF-8": b"\xff\xfe\x00", "empty": b""}

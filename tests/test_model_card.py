@@ -10,7 +10,7 @@ import pytest
 import yaml
 from huggingface_hub import EvalResult, ModelCard
 
-from longvlm.conversion.model_card import (
+from longvlm.publishing.model_card import (
     check_card,
     complete_card,
     licence_warnings,

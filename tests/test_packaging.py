@@ -40,7 +40,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoModelForMu
 from transformers.pipelines import PIPELINE_REGISTRY
 assert type(AutoConfig.for_model("longvlm")) is longvlm.LongVLMConfig
 assert "video-question-answering" in PIPELINE_REGISTRY.get_supported_tasks()
-from longvlm.conversion.model_card import template
+from longvlm.publishing.model_card import template
 assert "{{ card_data }}" in template()
 print(longvlm.__file__)
 """
@@ -204,5 +204,5 @@ def test_editable_install_sees_new_files(tmp_path):
     assert run(python, "-c", script, cwd=tmp_path).strip() == "7"
     # The template of the model card is the checkout's own file: what is changed there is seen at once.
     (project / "hub_card.md").write_text("changed")
-    script = "from longvlm.conversion.model_card import template; print(template())"
+    script = "from longvlm.publishing.model_card import template; print(template())"
     assert run(python, "-c", script, cwd=tmp_path).strip() == "changed"

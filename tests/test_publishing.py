@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from longvlm import cli
 from longvlm.conversion import publishing_checks
-from longvlm.conversion.publishing import NotReady, publish
+from longvlm.publishing.publish import NotReady, publish
 from tests.hub_stub import HubStub
 from tests.tiny_models import save_tiny_longvlm, tiny_longvlm, write_video
 

@@ -20,7 +20,7 @@ from huggingface_hub.utils import validate_repo_id
 
 import longvlm
 from longvlm.conversion import publishing_checks as checks
-from longvlm.conversion.model_card import (
+from longvlm.publishing.model_card import (
     NO_BASE_MODEL,
     check_card,
     complete_card,

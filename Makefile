@@ -60,15 +60,15 @@ style: $(STAMP)
 
 # A real language model on Storyline: about 50 minutes on 2 cores; goes on where it was stopped.
 smollm2: $(STAMP)
-	$(BIN)/python -m examples.smollm2_storyline --out .cache/smollm2 --report docs/smollm2.md
+	$(BIN)/python -m recipes.smollm2.run --out .cache/smollm2 --report docs/smollm2.md
 
 # Trains longvlm-tiny from nothing (about 2 hours on 2 cores), and goes on where it was stopped.
 tiny: $(STAMP)
-	$(BIN)/python -m longvlm.training.tiny.build --out longvlm/longvlm-tiny --work .cache/tiny
+	$(BIN)/python -m recipes.tiny.build --out longvlm/longvlm-tiny --work .cache/tiny
 
 # Trains and compares ways to condense a video (about an hour on 2 cores); table and plot in docs/.
 ablations: $(STAMP)
-	$(BIN)/python -m longvlm.evaluation.ablations.run --out .cache/ablations --report docs
+	$(BIN)/python -m recipes.ablations.run --out .cache/ablations --report docs
 
 bench: $(STAMP)
 	for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done

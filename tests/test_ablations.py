@@ -5,13 +5,13 @@ import json
 import pytest
 import torch
 
-from longvlm.evaluation.ablations import report
-from longvlm.evaluation.ablations.run import encode, lessons_of, planned, run_one
-from longvlm.evaluation.ablations.variants import VARIANTS, condense, num_tokens
+from recipes.ablations import report
+from recipes.ablations.run import encode, lessons_of, planned, run_one
+from recipes.ablations.variants import VARIANTS, condense, num_tokens
 from longvlm.evaluation.storyline import KINDS
 from longvlm.modeling_longvlm.token_merging import merge_tokens
-from longvlm.training.tiny import vision as tiny_vision
-from longvlm.training.tiny.recipe import make_config, make_model, make_processor, make_tokenizer
+from recipes.tiny import vision as tiny_vision
+from recipes.tiny.recipe import make_config, make_model, make_processor, make_tokenizer
 
 BY_NAME = {variant.name: variant for variant in VARIANTS}
 

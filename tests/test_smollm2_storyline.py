@@ -31,9 +31,9 @@ def ran(tmp_path_factory):
     """The example's folder, the LongVLM whose encoder it took, and the arguments."""
     from transformers import CLIPVisionModel
 
-    from examples.smollm2_storyline import main
-    from longvlm.training.tiny import recipe
-    from longvlm.training.tiny.vision import vision_config
+    from recipes.smollm2.run import main
+    from recipes.tiny import recipe
+    from recipes.tiny.vision import vision_config
 
     or_skip(smollm2_gguf)
     folder = tmp_path_factory.mktemp("smollm2")
@@ -80,7 +80,7 @@ def test_the_encoder_is_the_checkpoints_own_and_stays_as_it_is(ran):
 
 
 def test_a_second_call_only_reads_what_the_first_measured(ran, capsys):
-    from examples.smollm2_storyline import main
+    from recipes.smollm2.run import main
 
     folder, arguments = ran
     before = results(folder)
@@ -93,7 +93,7 @@ def test_a_second_call_only_reads_what_the_first_measured(ran, capsys):
 
 
 def test_a_folder_of_other_options_is_refused_in_one_line(ran):
-    from examples.smollm2_storyline import main
+    from recipes.smollm2.run import main
 
     with pytest.raises(SystemExit, match=r"^smollm2_storyline: .* with stories=60, not 61; give another --out$"):
         main([*ran[1], "--stories", "61"])

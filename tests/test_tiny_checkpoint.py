@@ -11,7 +11,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
 import longvlm
 from longvlm.evaluation import storyline
 from longvlm.evaluation.storyline.scoring import answer_stories, score
-from longvlm.training.tiny.build import measure
+from recipes.tiny.build import measure
 
 FLOOR, FLOOR_LONG = 0.87, 0.78
 

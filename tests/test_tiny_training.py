@@ -9,13 +9,13 @@ import torch
 
 from longvlm.evaluation.storyline import KINDS, make_questions, make_story, story_seed
 from longvlm.evaluation.storyline.questions import NUMBERS
-from longvlm.training.tiny import vision as tiny_vision
-from longvlm.training.tiny.language import LOOKING_HEADS, LOOKING_LAYER, LanguageWithHeads, train_language
-from longvlm.training.tiny.lessons import IGNORED, Lessons, PromptMaker, load_lessons, make_lesson, pack
-from longvlm.training.tiny.loop import steps_done
-from longvlm.training.tiny.pointing import counted_in, counting_more, event_of
-from longvlm.training.tiny.recipe import METHOD, make_config, make_model, make_processor, make_tokenizer
-from longvlm.training.tiny.segment_truth import (
+from recipes.tiny import vision as tiny_vision
+from recipes.tiny.language import LOOKING_HEADS, LOOKING_LAYER, LanguageWithHeads, train_language
+from recipes.tiny.lessons import IGNORED, Lessons, PromptMaker, load_lessons, make_lesson, pack
+from recipes.tiny.loop import steps_done
+from recipes.tiny.pointing import counted_in, counting_more, event_of
+from recipes.tiny.recipe import METHOD, make_config, make_model, make_processor, make_tokenizer
+from recipes.tiny.segment_truth import (
     CHANGE,
     HEADS,
     NAMED,
@@ -24,7 +24,7 @@ from longvlm.training.tiny.segment_truth import (
     segment_motion,
     segment_truth,
 )
-from longvlm.training.tiny.story_features import StoryVideos, encode_stories
+from recipes.tiny.story_features import StoryVideos, encode_stories
 
 PLAN = [(2, {12: 1.0})]
 FRAMES, TOKENS = METHOD["frames_per_segment"], METHOD["tokens_per_segment"]

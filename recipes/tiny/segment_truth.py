@@ -15,7 +15,7 @@ from torch import Tensor
 
 from longvlm.evaluation.storyline import ACTIONS, COLOURS, SCENES, SHAPES, Story, middle_times
 from longvlm.evaluation.storyline.render import pose_at
-from longvlm.training.tiny.vision import pose_numbers
+from recipes.tiny.vision import pose_numbers
 
 MOST = 9  # events that are told apart
 FIELDS = (("colour", COLOURS), ("shape", SHAPES), ("action", ACTIONS))

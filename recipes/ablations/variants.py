@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from longvlm.modeling_longvlm.token_merging import merge_tokens
-from longvlm.training.tiny.recipe import gentle_schedule
+from recipes.tiny.recipe import gentle_schedule
 
 NUM_HEADS = 4
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from examples.smollm2_events import CHANCE
+from recipes.smollm2.events import CHANCE
 from longvlm.evaluation.storyline import KINDS
 
 TRAINED, CONTROLS = "trained", ("trained, another story's video", "trained, no video")
@@ -14,7 +14,7 @@ TRAININGS = ("projector", "lora-pieces", "lora-stories")
 _PAGE = """\
 # A real language model: SmolLM2-135M-Instruct on Storyline
 
-`make smollm2`, which runs `python -m examples.smollm2_storyline --out .cache/smollm2 --report docs/smollm2.md`,
+`make smollm2`, which runs `python -m recipes.smollm2.run --out .cache/smollm2 --report docs/smollm2.md`,
 assembles SmolLM2-135M-Instruct (real weights, out of a 4-bit GGUF file) with the encoder of longvlm-tiny, trains the
 projector, then the projector and LoRA adapters of the language model, and asks about Storyline's test split. It uses
 nothing but the package's own tools; the `.yaml` files in its folder are for `longvlm train`.

@@ -1,6 +1,6 @@
 """`make smollm2`: a real language model learns to read a small encoder's videos; a larger check than longvlm-tiny.
 
-    python -m examples.smollm2_storyline --out .cache/smollm2 --report docs/smollm2.md
+    python -m recipes.smollm2.run --out .cache/smollm2 --report docs/smollm2.md
 
 SmolLM2-135M-Instruct and the encoder of longvlm-tiny are assembled, Storyline's train stories are encoded once, the
 projector is trained, then LoRA adapters with it; each question about stories of the test split is asked alone. Every
@@ -30,8 +30,8 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging
 
 import longvlm
-from examples.smollm2_events import TELL, tell_events
-from examples.smollm2_report import page
+from recipes.smollm2.events import TELL, tell_events
+from recipes.smollm2.report import page
 from longvlm.conversion.assemble import assemble
 from longvlm.features.store import FeatureReader, FeatureWriter
 from longvlm.evaluation.storyline import KINDS, Story, chance_levels, make_questions, make_story, story_seed
@@ -39,9 +39,9 @@ from longvlm.evaluation.storyline.blind import questions_of
 from longvlm.evaluation.storyline.questions import DOES
 from longvlm.evaluation.storyline.scoring import score
 from longvlm.features.extract import extract_features
-from longvlm.training.tiny.pieces import piece_of, windows_of
-from longvlm.training.tiny.recipe import MEAN, METHOD, STD
-from longvlm.training.tiny.story_features import StoryVideos, video_name
+from recipes.tiny.pieces import piece_of, windows_of
+from recipes.tiny.recipe import MEAN, METHOD, STD
+from recipes.tiny.story_features import StoryVideos, video_name
 from longvlm.training.train import parse_arguments, train
 from longvlm.training.trainable import PROJECTOR_FILE
 from longvlm.training.trainer import last_whole_checkpoint

@@ -18,10 +18,10 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import IterableDataset
 
 from longvlm.evaluation.storyline import KINDS, Question, Story, make_questions
-from longvlm.training.tiny.pieces import cut_story, windows_of
-from longvlm.training.tiny.pointing import counted_in, counting_more, event_of, named_in
-from longvlm.training.tiny.segment_truth import FIELDS, MOST, NAMED, segment_events, segment_motion, segment_truth
-from longvlm.training.tiny.story_features import story_of
+from recipes.tiny.pieces import cut_story, windows_of
+from recipes.tiny.pointing import counted_in, counting_more, event_of, named_in
+from recipes.tiny.segment_truth import FIELDS, MOST, NAMED, segment_events, segment_motion, segment_truth
+from recipes.tiny.story_features import story_of
 
 TOKENS_A_STEP = 2000  # of video, in all stories of a step
 MOST_STORIES = 12

@@ -5,7 +5,7 @@ import statistics
 from collections import defaultdict
 from pathlib import Path
 
-from longvlm.evaluation.ablations.variants import VARIANTS
+from recipes.ablations.variants import VARIANTS
 from longvlm.evaluation.storyline import KINDS
 
 BEGIN, END = "<!-- results: made by evaluation/ablations/run.py -->", "<!-- end of results -->"

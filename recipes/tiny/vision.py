@@ -24,7 +24,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from transformers import CLIPVisionConfig, CLIPVisionModel, set_seed
 
 from longvlm.evaluation.storyline import COLOURS, SCENES, SHAPES, Renderer, Story, make_story, story_seed
-from longvlm.training.tiny.loop import fit, steps_done
+from recipes.tiny.loop import fit, steps_done
 
 FRAME_SIZE, PATCH_SIZE = 64, 8
 MEAN = STD = 0.5  # of the pixel values' normalisation

@@ -16,7 +16,7 @@ from longvlm.evaluation.storyline import (
 )
 from longvlm.evaluation.storyline.questions import DOES
 from longvlm.modeling_longvlm.modeling_longvlm import LongVLMVideoFeatures
-from longvlm.training.tiny.pieces import piece_of, windows_of
+from recipes.tiny.pieces import piece_of, windows_of
 
 TELL = "Tell the story of the video."
 CHANCE = {

@@ -1,4 +1,4 @@
-"""Trains and compares the variants: `python -m longvlm.evaluation.ablations.run --out FOLDER`.
+"""Trains and compares the variants: `python -m recipes.ablations.run --out FOLDER`.
 
 All variants start from longvlm-tiny (encoder, projector, language model) and are fine-tuned on their own tokens, with
 the same stories, questions and steps. A run is one variant with one seed; what is finished in the folder is not run
@@ -19,15 +19,15 @@ from transformers import AutoModelForImageTextToText, CLIPVisionModel
 from transformers.utils import logging
 
 from longvlm.features.store import FeatureReader, FeatureWriter
-from longvlm.evaluation.ablations.report import write_report
-from longvlm.evaluation.ablations.variants import VARIANTS, Variant, condense
+from recipes.ablations.report import write_report
+from recipes.ablations.variants import VARIANTS, Variant, condense
 from longvlm.evaluation.storyline import KINDS, frames_at, middle_times
-from longvlm.training.tiny.language import LanguageWithHeads, train_language
-from longvlm.training.tiny.lessons import Group, PromptMaker, load_lessons, pack
-from longvlm.training.tiny.pieces import find_pieces
-from longvlm.training.tiny.recipe import make_config, make_model, make_processor, make_tokenizer
-from longvlm.training.tiny.story_features import story_of, video_name
-from longvlm.training.tiny.vision import FRAME_SIZE, normalised
+from recipes.tiny.language import LanguageWithHeads, train_language
+from recipes.tiny.lessons import Group, PromptMaker, load_lessons, pack
+from recipes.tiny.pieces import find_pieces
+from recipes.tiny.recipe import make_config, make_model, make_processor, make_tokenizer
+from recipes.tiny.story_features import story_of, video_name
+from recipes.tiny.vision import FRAME_SIZE, normalised
 
 NUM_FRAMES = 100
 PIECE = 40  # frames; every K divides them
@@ -172,7 +172,7 @@ def main() -> None:
         while todo and len(running) < options.jobs:
             one = todo.pop(0)
             print(f"ablations: {one[0]}, seed {one[1]}; {len(todo)} more to begin", flush=True)
-            command = [sys.executable, "-m", "longvlm.evaluation.ablations.run", *given, "--only", *one]
+            command = [sys.executable, "-m", "recipes.ablations.run", *given, "--only", *one]
             log = open(options.out / f"{one[0]}-{one[1]}.log", "w")
             running.append((one, subprocess.Popen(command, stdout=log, stderr=log)))
         time.sleep(1)

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from longvlm.evaluation.storyline import KINDS
-from longvlm.training.tiny.lessons import IGNORED, Group, Lesson, Lessons, Plan, PromptMaker, block_mask, unwrap
-from longvlm.training.tiny.loop import fit, steps_done
-from longvlm.training.tiny.segment_truth import CHANGE, HEADS, KNOWN, NAMED, POSE, SEEN
+from recipes.tiny.lessons import IGNORED, Group, Lesson, Lessons, Plan, PromptMaker, block_mask, unwrap
+from recipes.tiny.loop import fit, steps_done
+from recipes.tiny.segment_truth import CHANGE, HEADS, KNOWN, NAMED, POSE, SEEN
 
 SEEN_LAYER, CHANGE_LAYER, KNOWN_LAYER, LOOKING_LAYER = 2, 3, 4, 4  # hidden states, and the layer that reads the last
 LOOKING_HEADS = 3  # of the looking layer: what one head carries is too narrow for all that may be asked

@@ -14,7 +14,7 @@ from longvlm.registration import (
     LongVLMProcessor,
     LongVLMVideoProcessor,
 )
-from longvlm.training.tiny.vision import FRAME_SIZE, MEAN, PATCH_SIZE, STD
+from recipes.tiny.vision import FRAME_SIZE, MEAN, PATCH_SIZE, STD
 
 NUM_FRAMES = 100
 VOCABULARY = 512  # bytes and their merges; Storyline's words are a token each, other text costs more

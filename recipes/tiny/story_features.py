@@ -8,8 +8,8 @@ import torch
 from longvlm.features.store import FeatureReader
 from longvlm.evaluation.storyline import Story, frames_at, make_story, middle_times, story_seed
 from longvlm.features.extract import extract_features
-from longvlm.training.tiny.pieces import piece_of
-from longvlm.training.tiny.vision import FRAME_SIZE
+from recipes.tiny.pieces import piece_of
+from recipes.tiny.vision import FRAME_SIZE
 
 
 class StoryVideos(Mapping):

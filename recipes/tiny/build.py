@@ -1,6 +1,6 @@
 """`make tiny`: trains longvlm-tiny from nothing, measures it, and writes the checkpoint with its model card.
 
-    python -m longvlm.training.tiny.build --out longvlm/longvlm-tiny
+    python -m recipes.tiny.build --out longvlm/longvlm-tiny
 
 Encoder, features, language model, scores: each stage keeps what it made in `--work`, and the same command goes on
 where it was stopped.
@@ -24,12 +24,12 @@ from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
 from longvlm.conversion.output_folder import output_folder
 from longvlm.evaluation.storyline.scoring import score
-from longvlm.training.tiny.card import card_text
-from longvlm.training.tiny.language import LanguageWithHeads, is_trained, train_language
-from longvlm.training.tiny.lessons import Plan, load_lessons, window_group
-from longvlm.training.tiny.recipe import make_config, make_model, make_processor, make_tokenizer
-from longvlm.training.tiny.story_features import StoryVideos, encode_stories
-from longvlm.training.tiny.vision import ROUNDS, train_vision
+from recipes.tiny.card import card_text
+from recipes.tiny.language import LanguageWithHeads, is_trained, train_language
+from recipes.tiny.lessons import Plan, load_lessons, window_group
+from recipes.tiny.recipe import make_config, make_model, make_processor, make_tokenizer
+from recipes.tiny.story_features import StoryVideos, encode_stories
+from recipes.tiny.vision import ROUNDS, train_vision
 
 
 @dataclass(frozen=True)

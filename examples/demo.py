@@ -79,7 +79,7 @@ def demo(number: int, duration: float, out: Path) -> None:
         import longvlm
         from longvlm.evaluation import storyline
         from longvlm.evaluation.metrics.longvlm_qa.longvlm_qa import name_choice
-        from longvlm.inspecting import inspect
+        from longvlm.evaluation.merge_picture import inspect
 
         logging.set_verbosity_error()
         logging.disable_progress_bar()

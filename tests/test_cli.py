@@ -236,7 +236,7 @@ def test_a_fault_of_the_program_shows_where_it_is(longvlm, checkpoint, video, mo
     def fault(*args, **kwargs):
         raise RuntimeError("a fault")
 
-    monkeypatch.setattr("longvlm.asking.ask", fault)
+    monkeypatch.setattr("longvlm_cli.ask.ask", fault)
     monkeypatch.setattr(sys, "argv", ["longvlm", "ask", video, "Who?", "--model", checkpoint])
     with pytest.raises(RuntimeError, match="a fault"):
         cli.main()
@@ -247,7 +247,7 @@ def test_help_needs_neither_torch_nor_transformers():
         command = [sys.executable, "-X", "importtime", "-m", "longvlm", *arguments]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         imported = {line.rsplit("|", 1)[-1].strip() for line in done.stderr.splitlines() if "|" in line}
-        assert "longvlm.cli" in imported and not imported & {"torch", "transformers", "numpy"}
+        assert "longvlm_cli.app" in imported and not imported & {"torch", "transformers", "numpy"}
         assert "longvlm" in done.stdout
 
 

@@ -37,7 +37,7 @@ def test_the_assignment_is_that_of_the_features(options):
 
 
 def test_a_picture_of_what_was_merged(folder, tmp_path):
-    from longvlm.inspecting import inspect
+    from longvlm.evaluation.merge_picture import inspect
 
     film = write_video(tmp_path / "film.mp4", 40, draw=halves, size=(128, 128))
     numbers = inspect(film, tmp_path / "deep" / "film.png", str(folder), num_frames=10, segments=2, frames=3)

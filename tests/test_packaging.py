@@ -101,7 +101,7 @@ def test_wheel_holds_every_module_and_nothing_else(wheel):
     data = {f"longvlm/{TINY.name}/{file.name}" for file in TINY.glob("*") if file.is_file()}
     assert names == expected | data | {"longvlm/py.typed", "longvlm/hub_card.md", CARD}
     assert "License-Expression: Apache-2.0" in metadata and licences
-    assert "longvlm = longvlm.cli:main" in entry_points
+    assert "longvlm = longvlm_cli.app:main" in entry_points
 
 
 def test_wheel_holds_the_small_checkpoint_whole(wheel):

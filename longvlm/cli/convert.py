@@ -1,7 +1,7 @@
 """`longvlm convert ...`: checkpoints and features of other code become this package's, and back.
 
 Each command only reads its options and calls one function of `longvlm.conversion`; imports stand inside, as in
-`longvlm.cli`, which also turns errors into one line.
+`longvlm_cli.app`, which also turns errors into one line.
 """
 
 import signal

@@ -13,9 +13,9 @@ import typer
 
 import longvlm
 from longvlm.bundled import NOTE
-from longvlm.convert_commands import convert
-from longvlm.publish_command import publish_command
-from longvlm.train_commands import extract_command, train_command
+from longvlm_cli.convert import convert
+from longvlm_cli.publish import publish_command
+from longvlm_cli.train import extract_command, train_command
 
 app = typer.Typer(
     help="LongVLM: ask questions about long videos.",
@@ -112,7 +112,7 @@ def ask_command(
 
     _check_exists(video)
     model = _chosen(model, quiet=quiet)
-    from longvlm.asking import ask, show_warnings_in_one_line
+    from longvlm_cli.ask import ask, show_warnings_in_one_line
 
     show_warnings_in_one_line(sys.stderr)
     generation: dict[str, Any] = {"max_new_tokens": max_new_tokens, "num_beams": num_beams, "do_sample": False}
@@ -153,8 +153,8 @@ def inspect_command(
     model = _chosen(model, quiet=True)
     from transformers.utils import logging
 
-    from longvlm.asking import show_warnings_in_one_line
-    from longvlm.inspecting import inspect
+    from longvlm_cli.ask import show_warnings_in_one_line
+    from longvlm.evaluation.merge_picture import inspect
 
     show_warnings_in_one_line(sys.stderr)
     logging.set_verbosity_error()

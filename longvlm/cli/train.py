@@ -1,4 +1,4 @@
-"""`longvlm extract` and `longvlm train`. Imports stand inside, as in `longvlm.cli`."""
+"""`longvlm extract` and `longvlm train`. Imports stand inside, as in `longvlm_cli.app`."""
 
 import sys
 from pathlib import Path
@@ -29,7 +29,7 @@ def extract_command(
     from accelerate import PartialState
     from transformers.utils import logging
 
-    from longvlm.asking import show_warnings_in_one_line
+    from longvlm_cli.ask import show_warnings_in_one_line
     from longvlm.registration import LongVLMForConditionalGeneration, LongVLMProcessor
     from longvlm.features.extract import extract_features
 

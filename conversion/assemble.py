@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from longvlm.conversion.output_folder import check_free, output_folder
+from longvlm.files import check_free, output_folder
 from longvlm.conversion.parts import (
     LanguagePart,
     VisionPart,

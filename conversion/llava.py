@@ -25,8 +25,8 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
 from longvlm.conversion.assemble import check_text, check_video, join, probe
-from longvlm.conversion.fetching import local_folder, short_name
-from longvlm.conversion.json_files import read_json_object
+from longvlm.conversion.hub import local_folder, short_name
+from longvlm.files import read_json_object
 from longvlm.conversion.key_maps import (
     LLAVA_ORIGINAL,
     LLAVA_TRANSFORMERS,
@@ -38,7 +38,7 @@ from longvlm.conversion.key_maps import (
     map_key,
 )
 from longvlm.conversion.original_tokenizer import load_original_tokenizer
-from longvlm.conversion.output_folder import check_free, output_folder
+from longvlm.files import check_free, output_folder
 from longvlm.conversion.parts import LanguagePart, VisionPart, as_dtype, image_options, load_vision
 from longvlm.conversion.weight_files import WeightFiles
 

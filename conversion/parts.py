@@ -29,7 +29,7 @@ from transformers.image_utils import (
 )
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
-from longvlm.conversion.fetching import short_name
+from longvlm.conversion.hub import short_name
 
 # What a video processor takes over from an image processor.
 IMAGE_OPTIONS = (

@@ -12,11 +12,11 @@ import torch
 from tqdm import tqdm
 
 from longvlm.features.store import FeatureReader
-from longvlm.conversion.fetching import local_folder
-from longvlm.conversion.json_files import read_json_object
+from longvlm.conversion.hub import local_folder
+from longvlm.files import read_json_object
 from longvlm.conversion.key_maps import TO_MM_PROJECTOR
 from longvlm.conversion.original_features import dump_float_array
-from longvlm.conversion.output_folder import check_free, output_folder
+from longvlm.files import check_free, output_folder
 from longvlm.conversion.shards import TensorReader
 
 # What the original cannot do otherwise: option of `LongVLMConfig` -> the only value that it has.

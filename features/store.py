@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from longvlm.conversion.output_folder import share_as_other_files
+from longvlm.files import share_as_other_files
 
 FORMAT, VERSION = "longvlm-features", 1
 INDEX, SHARD, TEMPORARY = "index.json", "features-{:05}.safetensors", ".partial"

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from longvlm import modeling_longvlm, processing
-from longvlm.conversion.json_files import read_json_object
+from longvlm.files import read_json_object
 from longvlm.modeling_longvlm.modeling_longvlm import AUTO_MAP, CUSTOM_PIPELINES
 
 # Files that run code when they are opened, or may.

@@ -17,7 +17,7 @@ from huggingface_hub.utils import validate_repo_id
 from safetensors import safe_open
 
 import longvlm
-from longvlm.conversion.json_files import read_json_object
+from longvlm.files import read_json_object
 from longvlm.registration import LongVLMConfig
 
 TAGS = ("longvlm", "video", "video-question-answering")

@@ -37,7 +37,7 @@ from transformers import (
 
 from longvlm import LongVLMForConditionalGeneration, LongVLMProcessor, cli
 from longvlm.conversion.assemble import VIDEO_TOKENS, assemble, join
-from longvlm.conversion.output_folder import output_folder
+from longvlm.files import output_folder
 from longvlm.conversion.parts import load_language, load_vision
 from tests.tiny_models import save_tiny_llm, tiny_text_config, tiny_tokenizer, tiny_vision_config
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from longvlm.conversion.json_files import read_json_object
+from longvlm.files import read_json_object
 from longvlm.conversion.llava import convert_llava
 from longvlm.publishing.model_card import read_config
 from longvlm.conversion.to_original import convert_to_original

@@ -22,7 +22,7 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
-from longvlm.conversion.output_folder import output_folder
+from longvlm.files import output_folder
 from longvlm.evaluation.storyline.scoring import score
 from recipes.tiny.card import card_text
 from recipes.tiny.language import LanguageWithHeads, is_trained, train_language

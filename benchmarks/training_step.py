@@ -41,7 +41,7 @@ from transformers import (
 from longvlm.features.store import FeatureReader, FeatureWriter
 from longvlm.training.collator import LongVLMDataCollator
 from longvlm.training.data import build_dataset
-from longvlm.training.trainable import TuningArguments, prepare_model
+from longvlm.training.tuning import TuningArguments, prepare_model
 from longvlm.training.trainer import LongVLMTrainer, from_first_answer
 from tests.tiny_models import tiny_longvlm, tiny_vision_config
 

@@ -78,7 +78,7 @@ def demo(number: int, duration: float, out: Path) -> None:
 
         import longvlm
         from longvlm.evaluation import storyline
-        from longvlm.evaluation.metrics.longvlm_qa.longvlm_qa import name_choice
+        from longvlm.evaluation.metrics.short_answer.short_answer import name_choice
         from longvlm.evaluation.merge_picture import inspect
 
         logging.set_verbosity_error()

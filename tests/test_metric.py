@@ -6,8 +6,8 @@ from pathlib import Path
 import evaluate
 import pytest
 
-from longvlm.evaluation.metrics.longvlm_qa import longvlm_qa
-from longvlm.evaluation.metrics.longvlm_qa.longvlm_qa import LongVLMQA, name_choice, normalize_answer, token_f1
+from longvlm.evaluation.metrics.short_answer import longvlm_qa
+from longvlm.evaluation.metrics.short_answer.short_answer import LongVLMQA, name_choice, normalize_answer, token_f1
 
 PREDICTIONS = ["The red star.", "blue cross", "yes", "It is a RED one", "two"]
 REFERENCES = ["red star", "red cross", "no", "red", "two"]

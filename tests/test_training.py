@@ -19,7 +19,7 @@ from longvlm import LongVLMForConditionalGeneration, LongVLMProcessor
 from longvlm.training.collator import LongVLMDataCollator
 from longvlm.features.extract import extract_features
 from longvlm.training.train import parse_arguments, train
-from longvlm.training.trainable import load_projector, video_token_ids
+from longvlm.training.tuning import load_projector, video_token_ids
 from tests.tiny_models import save_tiny_longvlm, tiny_text_config, write_video
 
 ROOT = Path(__file__).resolve().parent.parent

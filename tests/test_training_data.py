@@ -9,8 +9,8 @@ import torch
 from longvlm.features.store import FeatureWriter
 from longvlm.training.collator import LongVLMDataCollator
 from longvlm.training.data import build_dataset
-from longvlm.training.labels import encode_chat
-from longvlm.training.rows import as_messages
+from longvlm.training.chat_encoding import encode_chat
+from longvlm.training.formats import as_messages
 from tests.tiny_models import tiny_config, tiny_processor, write_video
 from tests.tokenizers_for_tests import byte_level_tokenizer, original_tokenizer, unigram_tokenizer
 

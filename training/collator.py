@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longvlm.training.labels import IGNORED, encode_chat, pad
-from longvlm.training.rows import BadRow, as_messages, videos_in
+from longvlm.training.chat_encoding import IGNORED, encode_chat, pad
+from longvlm.training.formats import BadRow, as_messages, videos_in
 
 
 class LongVLMDataCollator:

@@ -21,8 +21,8 @@ from tqdm import tqdm
 
 from longvlm.features.store import FeatureReader
 from longvlm.processing.video_decoding import decode_video
-from longvlm.training.labels import encode_chat
-from longvlm.training.rows import BadRow, as_messages, videos_in, without_videos
+from longvlm.training.chat_encoding import encode_chat
+from longvlm.training.formats import BadRow, as_messages, videos_in, without_videos
 
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".ts", ".mpg", ".mpeg", ".flv", ".wmv", ".gif")
 # The released code's data files name the files of features that its tools made.
@@ -116,7 +116,7 @@ def build_dataset(
     """
     Args:
         sources: each a file (`.json`, `.jsonl`, `.parquet`), a folder that `datasets` saved, a Hub id, or rows
-            (a list, a `datasets.Dataset`). For the forms of rows see `longvlm.training.rows`.
+            (a list, a `datasets.Dataset`). For the forms of rows see `longvlm.training.formats`.
         processor: a `LongVLMProcessor`.
         weights: how often the rows of each source come in an epoch; of 0.5, half of them, chosen once by `seed`.
         video_folders: where the videos lie; the first that has one counts. A name may lack its suffix.

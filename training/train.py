@@ -23,8 +23,8 @@ from longvlm.registration import LongVLMForConditionalGeneration, LongVLMProcess
 from longvlm.training.collator import LongVLMDataCollator
 from longvlm.training.data import build_dataset
 from longvlm.features.extract import check_features, feature_metadata
-from longvlm.training.labels import TOO_LONG
-from longvlm.training.trainable import TuningArguments, prepare_model, trainable_parameters
+from longvlm.training.chat_encoding import TOO_LONG
+from longvlm.training.tuning import TuningArguments, prepare_model, trainable_parameters
 from longvlm.training.trainer import LongVLMTrainer, last_whole_checkpoint
 
 logger = logging.get_logger(__name__)

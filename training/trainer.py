@@ -14,7 +14,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from longvlm.training.trainable import (
+from longvlm.training.tuning import (
     PROJECTOR_FILE,
     restore_rows,
     save_projector,

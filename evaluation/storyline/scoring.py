@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from longvlm.evaluation.metrics.longvlm_qa.longvlm_qa import LongVLMQA
+from longvlm.evaluation.metrics.short_answer.short_answer import LongVLMQA
 
 from .dataset import VERSION
 from .questions import KINDS, Question, make_questions

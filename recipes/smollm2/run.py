@@ -43,7 +43,7 @@ from recipes.tiny.pieces import piece_of, windows_of
 from recipes.tiny.recipe import MEAN, METHOD, STD
 from recipes.tiny.story_features import StoryVideos, video_name
 from longvlm.training.train import parse_arguments, train
-from longvlm.training.trainable import PROJECTOR_FILE
+from longvlm.training.tuning import PROJECTOR_FILE
 from longvlm.training.trainer import last_whole_checkpoint
 from tests.real_data import RealDataUnavailable, smollm2_gguf
 

@@ -15,7 +15,7 @@ from transformers.utils import logging
 from longvlm.processing.chat_templates_longvlm import CHAT_TEMPLATES
 from longvlm.processing.processing_longvlm import VIDEO_TOKENS, assistant_masks
 from longvlm.processing.text_escaping import ESCAPE_MARK
-from longvlm.training.rows import BadRow, without_videos
+from longvlm.training.formats import BadRow, without_videos
 
 logger = logging.get_logger(__name__)
 

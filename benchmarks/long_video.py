@@ -25,7 +25,7 @@ FPS, WIDTH, HEIGHT = 10, 160, 120
 # Not in this process: what it holds when it starts a child would count as the child's peak.
 MAKE_MODEL = """
 import sys
-from tests.tiny_models import tiny_longvlm, tiny_vision_config
+from tests.helpers.tiny_models import tiny_longvlm, tiny_vision_config
 
 vision = tiny_vision_config(image_size=224, hidden_size=192, intermediate_size=768, num_hidden_layers=6)
 model, processor = tiny_longvlm(

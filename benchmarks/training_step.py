@@ -43,7 +43,7 @@ from longvlm.training.collator import LongVLMDataCollator
 from longvlm.training.data import build_dataset
 from longvlm.training.tuning import TuningArguments, prepare_model
 from longvlm.training.trainer import LongVLMTrainer, from_first_answer
-from tests.tiny_models import tiny_longvlm, tiny_vision_config
+from tests.helpers.tiny_models import tiny_longvlm, tiny_vision_config
 
 FRAMES_PER_SEGMENT, TOKENS_PER_SEGMENT, GLOBAL_LAYERS, VISION_WIDTH = 10, 30, 5, 1024  # the paper's, of CLIP ViT-L
 

@@ -25,7 +25,7 @@ from torchvision.transforms.v2 import functional as tvF
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
-from video_files import read_number, write_video
+from tests.helpers.video_files import read_number, write_video
 
 from longvlm.processing import video_decoding, video_index
 from longvlm.processing.video_processing_longvlm import LongVLMVideoProcessor

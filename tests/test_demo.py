@@ -11,7 +11,7 @@ from PIL import Image
 
 from examples import demo
 from longvlm.evaluation import storyline
-from tests.tiny_models import save_tiny_longvlm
+from tests.helpers.tiny_models import save_tiny_longvlm
 
 STORY = 4
 QUESTIONS = storyline.make_questions(storyline.make_story(storyline.story_seed("test", STORY), duration=10))

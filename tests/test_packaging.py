@@ -182,7 +182,7 @@ def test_sdist_in_a_clean_environment(tmp_path):
 
 @pytest.mark.slow
 def test_installed_command_asks_about_a_video(wheel, tmp_path):
-    from tests.tiny_models import write_video
+    from tests.helpers.tiny_models import write_video
 
     python = make_environment(tmp_path / "clean")
     install(python, wheel)

@@ -12,7 +12,7 @@ import sys
 import pytest
 import torch
 
-from tests.real_data import or_skip, real_videos, smollm2_gguf
+from tests.helpers.real_data import or_skip, real_videos, smollm2_gguf
 
 pytestmark = pytest.mark.slow
 

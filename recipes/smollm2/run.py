@@ -45,7 +45,7 @@ from recipes.tiny.story_features import StoryVideos, video_name
 from longvlm.training.train import parse_arguments, train
 from longvlm.training.tuning import PROJECTOR_FILE
 from longvlm.training.trainer import last_whole_checkpoint
-from tests.real_data import RealDataUnavailable, smollm2_gguf
+from tests.helpers.real_data import RealDataUnavailable, smollm2_gguf
 
 # SmolLM2's own turns without the system text that it would add: that would cost 20 tokens of each question.
 CHAT_TEMPLATE = """\

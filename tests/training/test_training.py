@@ -20,7 +20,7 @@ from longvlm.training.collator import LongVLMDataCollator
 from longvlm.features.extract import extract_features
 from longvlm.training.train import parse_arguments, train
 from longvlm.training.tuning import load_projector, video_token_ids
-from tests.tiny_models import save_tiny_longvlm, tiny_text_config, write_video
+from tests.helpers.tiny_models import save_tiny_longvlm, tiny_text_config, write_video
 
 ROOT = Path(__file__).resolve().parent.parent
 LLM = "model.language_model"

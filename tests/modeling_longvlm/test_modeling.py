@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_models import tiny_config, tiny_longvlm, tiny_vision_config
+from tests.helpers.tiny_models import tiny_config, tiny_longvlm, tiny_vision_config
 from transformers import CLIPVisionConfig, Dinov2Config, LlamaConfig, SiglipVisionConfig, ViTConfig
 
 from longvlm import LongVLMConfig, LongVLMForConditionalGeneration, LongVLMModel, merge_tokens

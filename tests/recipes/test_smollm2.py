@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.real_data import or_skip, smollm2_gguf
+from tests.helpers.real_data import or_skip, smollm2_gguf
 
 pytestmark = pytest.mark.slow
 

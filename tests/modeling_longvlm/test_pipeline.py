@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from tiny_models import save_tiny_longvlm
+from tests.helpers.tiny_models import save_tiny_longvlm
 from transformers import pipeline
-from video_files import write_video
+from tests.helpers.video_files import write_video
 
 from longvlm import VideoDecodeError, VideoQuestionAnsweringPipeline
 

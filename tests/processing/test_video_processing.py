@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoVideoProcessor, CLIPImageProcessor
 from transformers.video_utils import VideoMetadata
-from video_files import numbered_frame, read_number, uneven_times, write_video
+from tests.helpers.video_files import numbered_frame, read_number, uneven_times, write_video
 
 from longvlm.processing.video_processing_longvlm import LongVLMVideoProcessor
 

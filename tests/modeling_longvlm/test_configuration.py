@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from tiny_models import tiny_config, tiny_longvlm, tiny_text_config, tiny_vision_config
+from tests.helpers.tiny_models import tiny_config, tiny_longvlm, tiny_text_config, tiny_vision_config
 from transformers import AutoConfig, CLIPConfig, LlamaConfig, Qwen3Config, SiglipConfig
 
 from longvlm import LongVLMConfig, LongVLMForConditionalGeneration

@@ -34,8 +34,8 @@ from transformers import (
 from longvlm import LongVLMForConditionalGeneration, LongVLMProcessor, cli
 from longvlm.conversion.assemble import VIDEO_TOKENS
 from longvlm.conversion.llava import convert_llava
-from tests.tiny_models import tiny_text_config, tiny_tokenizer, tiny_vision_config, write_video
-from tests.tokenizers_for_tests import FIXTURES
+from tests.helpers.tiny_models import tiny_text_config, tiny_tokenizer, tiny_vision_config, write_video
+from tests.helpers.tokenizers_for_tests import FIXTURES
 
 METHOD = {"frames_per_segment": 4, "tokens_per_segment": 6}
 VOCABULARY = 387  # of the fixture's tokenizer: 384 pieces and LLaVA's three image tokens

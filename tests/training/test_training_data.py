@@ -11,8 +11,8 @@ from longvlm.training.collator import LongVLMDataCollator
 from longvlm.training.data import build_dataset
 from longvlm.training.chat_encoding import encode_chat
 from longvlm.training.formats import as_messages
-from tests.tiny_models import tiny_config, tiny_processor, write_video
-from tests.tokenizers_for_tests import byte_level_tokenizer, original_tokenizer, unigram_tokenizer
+from tests.helpers.tiny_models import tiny_config, tiny_processor, write_video
+from tests.helpers.tokenizers_for_tests import byte_level_tokenizer, original_tokenizer, unigram_tokenizer
 
 FIXTURES = Path(__file__).parent / "fixtures"
 GOLDEN = json.loads((FIXTURES / "labels.json").read_text())
@@ -114,7 +114,7 @@ def test_loss_is_on_answers_and_their_end_token_only(name, template):
 
 
 def test_marks_of_a_template_and_prefixes_give_the_same_labels():
-    from tests.tokenizers_for_tests import CHATML_TEMPLATE
+    from tests.helpers.tokenizers_for_tests import CHATML_TEMPLATE
 
     plain = CHATML_TEMPLATE.replace("{% generation %}", "").replace("{% endgeneration %}", "")
     marked = encode_chat(processor_for(byte_level_tokenizer(CHATML_TEMPLATE)), CHAT, [8])

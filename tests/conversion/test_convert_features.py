@@ -286,7 +286,7 @@ def test_folders_become_shards_in_random_access(tmp_path):
 
 
 def test_features_go_into_the_model_as_they_are(tmp_path):
-    from tests.tiny_models import tiny_longvlm
+    from tests.helpers.tiny_models import tiny_longvlm
 
     write_features(tmp_path, 1, rows=12, width=64)
     convert_features(tmp_path / "local", tmp_path / "memory", tmp_path / "out", num_global_layers=2)

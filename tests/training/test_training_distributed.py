@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from longvlm.features.store import FeatureWriter
 from longvlm.training.train import parse_arguments, train
-from tests.tiny_models import save_tiny_longvlm, tiny_longvlm, tiny_text_config, write_video
+from tests.helpers.tiny_models import save_tiny_longvlm, tiny_longvlm, tiny_text_config, write_video
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -106,7 +106,7 @@ def test_fsdp_on_two_processes_trains_to_the_weights_of_one_with_twice_the_batch
     (tmp_path / "rows.json").write_text(json.dumps(rows))
 
     launch = ["-m", "accelerate.commands.launch", "--config_file", documented("fsdp.yaml", tmp_path)]
-    launch += ["--num_processes", "2", "--mixed_precision", "no", "-m", "tests.fsdp_on_cpu"]
+    launch += ["--num_processes", "2", "--mixed_precision", "no", "-m", "tests.helpers.fsdp_on_cpu"]
     configs = [write_config(tmp_path, mode, processes=2) for mode in MODES]
     done = subprocess.run([sys.executable, *launch, *configs], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]

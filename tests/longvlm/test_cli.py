@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-import video_files
+import tests.helpers.video_files
 
 from longvlm import cli
-from tests.tiny_models import save_tiny_llm, save_tiny_longvlm, tiny_longvlm, write_video
+from tests.helpers.tiny_models import save_tiny_llm, save_tiny_longvlm, tiny_longvlm, write_video
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +103,7 @@ def test_quiet_says_nothing(longvlm, checkpoint, video):
 
 
 def test_truncated_video_is_one_warning(longvlm, checkpoint, tmp_path):
-    short = Path(video_files.write_video(tmp_path / "cut.mkv", 250))
+    short = Path(tests.helpers.video_files.write_video(tmp_path / "cut.mkv", 250))
     code, _, err = longvlm("ask", short, "Who?", "--model", checkpoint, "--quiet", *SHORT)
     assert (code, err) == (0, "")
     data = short.read_bytes()

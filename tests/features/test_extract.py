@@ -13,7 +13,7 @@ import torch
 
 from longvlm.features.store import FeatureReader, FeatureWriter
 from longvlm.features.extract import check_features, extract_features, feature_metadata
-from tests.tiny_models import save_tiny_longvlm, tiny_longvlm, write_video
+from tests.helpers.tiny_models import save_tiny_longvlm, tiny_longvlm, write_video
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -100,7 +100,7 @@ def test_killed_at_any_moment_no_video_is_lost_doubled_or_half_written(videos, t
     script = """
 import os, sys
 import longvlm.features.store as shards, longvlm.features.extract as features
-from tests.tiny_models import tiny_longvlm
+from tests.helpers.tiny_models import tiny_longvlm
 model, processor = tiny_longvlm()
 left = int(sys.argv[3])
 real = os.replace

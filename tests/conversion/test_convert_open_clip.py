@@ -22,7 +22,7 @@ from longvlm import LongVLMForConditionalGeneration, LongVLMProcessor, cli
 from longvlm.conversion.assemble import assemble
 from longvlm.conversion.openclip_vision import convert_open_clip, load_open_clip
 from longvlm.conversion.parts import load_vision
-from tests.tiny_models import save_tiny_llm, write_video
+from tests.helpers.tiny_models import save_tiny_llm, write_video
 
 open_clip = pytest.importorskip("open_clip")
 

@@ -23,8 +23,8 @@ from safetensors.torch import load_file, save_file
 from longvlm import cli
 from longvlm.conversion import publishing_checks
 from longvlm.publishing.publish import NotReady, publish
-from tests.hub_stub import HubStub
-from tests.tiny_models import save_tiny_longvlm, tiny_longvlm, write_video
+from tests.helpers.hub_stub import HubStub
+from tests.helpers.tiny_models import save_tiny_longvlm, tiny_longvlm, write_video
 
 ROOT = Path(__file__).resolve().parent.parent
 CARD_OPTIONS = ("--license", "apache-2.0", "--base-model", "me/llm", "--base-model", "me/encoder")

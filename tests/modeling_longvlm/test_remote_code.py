@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from tiny_models import save_tiny_longvlm, tiny_longvlm
+from tests.helpers.tiny_models import save_tiny_longvlm, tiny_longvlm
 from transformers.dynamic_module_utils import get_imports
-from video_files import write_video
+from tests.helpers.video_files import write_video
 
 ROOT = Path(__file__).resolve().parent.parent
 QUESTION = "What happens?"

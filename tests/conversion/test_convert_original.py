@@ -25,7 +25,7 @@ from longvlm.conversion.original import VIDEO_TOKENS, convert_original
 from longvlm.conversion.original_features import read_feature_file
 from longvlm.conversion.shards import TensorReader
 from longvlm.conversion.to_original import convert_to_original
-from tests.tiny_models import tiny_vision_config, write_video
+from tests.helpers.tiny_models import tiny_vision_config, write_video
 
 FIXTURES = Path(__file__).parent / "fixtures"
 ORIGINAL = FIXTURES / "original_checkpoint"

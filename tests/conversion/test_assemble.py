@@ -39,7 +39,7 @@ from longvlm import LongVLMForConditionalGeneration, LongVLMProcessor, cli
 from longvlm.conversion.assemble import VIDEO_TOKENS, assemble, join
 from longvlm.files import output_folder
 from longvlm.conversion.parts import load_language, load_vision
-from tests.tiny_models import save_tiny_llm, tiny_text_config, tiny_tokenizer, tiny_vision_config
+from tests.helpers.tiny_models import save_tiny_llm, tiny_text_config, tiny_tokenizer, tiny_vision_config
 
 METHOD = {"num_global_layers": 2, "frames_per_segment": 4, "tokens_per_segment": 6}
 SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}

@@ -8,7 +8,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from tokenizers_for_tests import FIXTURES, byte_level_tokenizer, original_tokenizer, unigram_tokenizer
+from tests.helpers.tokenizers_for_tests import FIXTURES, byte_level_tokenizer, original_tokenizer, unigram_tokenizer
 from transformers import AutoTokenizer
 
 from longvlm import LongVLMProcessor, LongVLMVideoProcessor

@@ -6,7 +6,7 @@ from threading import Thread
 import pytest
 import torch
 from test_modeling import noise_video
-from tiny_models import tiny_longvlm, tiny_text_config
+from tests.helpers.tiny_models import tiny_longvlm, tiny_text_config
 from transformers import (
     AutoModelForImageTextToText,
     GPT2Config,

@@ -49,10 +49,12 @@ lint: $(STAMP) types
 	$(BIN)/ruff format --check .
 
 # mypy does not see through an editable install: it gets the namespace as a tree of links.
+PARTS := modeling_longvlm processing features conversion publishing training evaluation
 types: $(STAMP)
-	@mkdir -p .cache/types/longvlm
-	@ln -sfn $(CURDIR)/modeling_longvlm $(CURDIR)/processing $(CURDIR)/conversion $(CURDIR)/training $(CURDIR)/evaluation $(CURDIR)/longvlm/*.py .cache/types/longvlm/
-	cd .cache/types && $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml -p longvlm
+	@rm -rf .cache/types && mkdir -p .cache/types/longvlm
+	@ln -sfn $(addprefix $(CURDIR)/,$(PARTS)) $(CURDIR)/longvlm/*.py .cache/types/longvlm/
+	@ln -sfn $(CURDIR)/longvlm/cli .cache/types/longvlm_cli && ln -sfn $(CURDIR)/recipes .cache/types/recipes
+	cd .cache/types && $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml -p longvlm -p longvlm_cli -p recipes
 
 style: $(STAMP)
 	$(BIN)/ruff check --fix .

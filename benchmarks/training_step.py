@@ -41,8 +41,8 @@ from transformers import (
 from longvlm.features.store import FeatureReader, FeatureWriter
 from longvlm.training.collator import LongVLMDataCollator
 from longvlm.training.data import build_dataset
-from longvlm.training.tuning import TuningArguments, prepare_model
 from longvlm.training.trainer import LongVLMTrainer, from_first_answer
+from longvlm.training.tuning import TuningArguments, prepare_model
 from tests.helpers.tiny_models import tiny_longvlm, tiny_vision_config
 
 FRAMES_PER_SEGMENT, TOKENS_PER_SEGMENT, GLOBAL_LAYERS, VISION_WIDTH = 10, 30, 5, 1024  # the paper's, of CLIP ViT-L

@@ -14,7 +14,6 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from longvlm.files import check_free, output_folder
 from longvlm.conversion.parts import (
     LanguagePart,
     VisionPart,
@@ -23,6 +22,7 @@ from longvlm.conversion.parts import (
     load_vision,
     untrained_vision,
 )
+from longvlm.files import check_free, output_folder
 from longvlm.processing.processing_longvlm import VIDEO_TOKENS
 from longvlm.registration import (
     LongVLMConfig,

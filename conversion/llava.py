@@ -26,7 +26,6 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 
 from longvlm.conversion.assemble import check_text, check_video, join, probe
 from longvlm.conversion.hub import local_folder, short_name
-from longvlm.files import read_json_object
 from longvlm.conversion.key_maps import (
     LLAVA_ORIGINAL,
     LLAVA_TRANSFORMERS,
@@ -38,9 +37,9 @@ from longvlm.conversion.key_maps import (
     map_key,
 )
 from longvlm.conversion.original_tokenizer import load_original_tokenizer
-from longvlm.files import check_free, output_folder
 from longvlm.conversion.parts import LanguagePart, VisionPart, as_dtype, image_options, load_vision
 from longvlm.conversion.weight_files import WeightFiles
+from longvlm.files import check_free, output_folder, read_json_object
 
 # What config.json of the original repositories calls itself, and the language model it is built on.
 ORIGINAL_TYPES = {"llava": "llama", "llava_llama": "llama", "VideoChatGPT": "llama", "llava_mistral": "mistral"}

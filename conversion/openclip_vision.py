@@ -18,9 +18,9 @@ from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, PILImageResampling
 
 from longvlm.conversion.key_maps import OPEN_CLIP_VISION, map_key
-from longvlm.files import check_free, output_folder
 from longvlm.conversion.parts import VisionPart, as_dtype
 from longvlm.conversion.weight_files import WeightFiles
+from longvlm.files import check_free, output_folder
 
 PREFIX = "open_clip:"
 

@@ -21,13 +21,12 @@ from transformers.dynamic_module_utils import custom_object_save
 
 from longvlm.conversion.checks import check_forward, check_tensors, expected_tensors, refuse_differences
 from longvlm.conversion.hub import local_folder, short_name
-from longvlm.files import read_json_object
 from longvlm.conversion.key_maps import LLM, MM_PROJECTOR, ORIGINAL, PROJECTOR, VISION, KeyMap, map_key
 from longvlm.conversion.original_features import LAYOUTS, layout_of_file
 from longvlm.conversion.original_tokenizer import add_tokens, load_original_tokenizer
-from longvlm.files import check_free, output_folder
 from longvlm.conversion.parts import as_dtype, load_vision
 from longvlm.conversion.shards import TensorInfo, TensorReader, TensorWriter, compare, some
+from longvlm.files import check_free, output_folder, read_json_object
 from longvlm.modeling_longvlm.modeling_longvlm import AUTO_MAP, CUSTOM_PIPELINES
 from longvlm.processing.processing_longvlm import VIDEO_TOKENS
 from longvlm.registration import (

@@ -11,13 +11,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from longvlm.features.store import FeatureReader
 from longvlm.conversion.hub import local_folder
-from longvlm.files import read_json_object
 from longvlm.conversion.key_maps import TO_MM_PROJECTOR
 from longvlm.conversion.original_features import dump_float_array
-from longvlm.files import check_free, output_folder
 from longvlm.conversion.shards import TensorReader
+from longvlm.features.store import FeatureReader
+from longvlm.files import check_free, output_folder, read_json_object
 
 # What the original cannot do otherwise: option of `LongVLMConfig` -> the only value that it has.
 ONLY = {

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from longvlm_cli.ask import load_pipeline
+from longvlm.loading import load_pipeline
 
 SIDE, GAP, MARGIN, HEADER = 160, 6, 96, 58
 BACKGROUND, INK, LINE = (250, 250, 248), (40, 40, 40), (255, 255, 255)

@@ -24,8 +24,8 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 from tqdm import tqdm
 
-from longvlm.features.store import FeatureReader, FeatureWriter, fingerprint
 from longvlm.conversion.parts import IMAGE_OPTIONS
+from longvlm.features.store import FeatureReader, FeatureWriter, fingerprint
 from longvlm.training.data import FAILED, VIDEO_SUFFIXES, read_failed
 
 PART, SHARDS = ".part-{:05}", "features-*.safetensors"

@@ -1,14 +1,17 @@
-"""Writes a checkpoint folder whole or not at all: beside its place first, then renamed.
+"""Files as everybody here reads and writes them: a folder whole or not at all, JSON objects of strangers.
 
-What a killed process has left beside it is cleared away by the next one that writes there.
+A folder is written beside its place first, then renamed. What a killed process has left beside it is cleared away by
+the next one that writes there.
 """
 
 import glob
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -72,3 +75,19 @@ def share_as_other_files(path: Path) -> None:
     os.umask(umask)
     for file in path.rglob("*") if path.is_dir() else (path,):
         file.chmod((0o777 if file.is_dir() else 0o666) & ~umask)
+
+
+def read_json_object(file: str | Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        ValueError: it holds something else, or is no JSON.
+        OSError: it cannot be read.
+    """
+    try:
+        values = json.loads(Path(file).read_text(encoding="utf-8"))
+    except ValueError as error:  # no JSON, or not UTF-8
+        raise ValueError(f"{file} is not a JSON file: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{file} holds a {type(values).__name__} in JSON; an object, {{...}}, is wanted")
+    return values

@@ -183,7 +183,7 @@ def _same(one: Path, other: Path) -> bool:
 
 def loading_problems(folder: Path) -> list[str]:
     """Loads `folder` in a process of its own, offline and without this package, and asks about a generated clip."""
-    script = Path(__file__).with_name("load_alone.py")
+    script = Path(__file__).with_name("load_without_package.py")
     with tempfile.TemporaryDirectory() as empty:  # no cache: neither models nor code that lie there
         environment = {**os.environ, "HF_HOME": empty, "HF_MODULES_CACHE": empty, "PYTHONWARNINGS": "ignore"}
         done = subprocess.run(

@@ -1,6 +1,6 @@
 """Run as a script: loads a checkpoint folder where `longvlm` cannot be imported, and asks about a generated clip.
 
-    python -P load_alone.py FOLDER
+    python -P load_without_package.py FOLDER
 
 Prints the answer; whatever is wrong ends in one line on stderr and exit code 1. Nothing here may import `longvlm`.
 """

@@ -19,7 +19,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineMod
 from huggingface_hub.utils import validate_repo_id
 
 import longvlm
-from longvlm.conversion import publishing_checks as checks
+from longvlm.publishing import checks
 from longvlm.publishing.model_card import (
     NO_BASE_MODEL,
     check_card,

@@ -3,11 +3,12 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).resolve().parent.parent / "benchmarks" / "long_video.py"
+from tests.helpers.paths import ROOT
+
+SCRIPT = ROOT / "benchmarks" / "long_video.py"
 
 
 @pytest.mark.slow

@@ -15,19 +15,21 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.helpers.paths import ROOT
+
 MODULES = {
     "longvlm": "longvlm",
+    "longvlm_cli": "longvlm/cli",
     "longvlm/modeling_longvlm": "modeling_longvlm",
     "longvlm/processing": "processing",
+    "longvlm/features": "features",
     "longvlm/conversion": "conversion",
+    "longvlm/publishing": "publishing",
     "longvlm/training": "training",
     "longvlm/evaluation": "evaluation",
-    "longvlm/training/tiny": "training/tiny",
     "longvlm/evaluation/storyline": "evaluation/storyline",
-    "longvlm/evaluation/ablations": "evaluation/ablations",
     "longvlm/evaluation/metrics": "evaluation/metrics",
-    "longvlm/evaluation/metrics/longvlm_qa": "evaluation/metrics/longvlm_qa",
+    "longvlm/evaluation/metrics/short_answer": "evaluation/metrics/short_answer",
 }
 TINY = ROOT / "longvlm" / "longvlm-tiny"
 CARD = "longvlm/evaluation/storyline/dataset_card.md"

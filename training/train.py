@@ -18,14 +18,14 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments, set_seed
 from transformers.utils import logging
 
+from longvlm.features.extract import check_features, feature_metadata
 from longvlm.features.store import FeatureReader
 from longvlm.registration import LongVLMForConditionalGeneration, LongVLMProcessor
+from longvlm.training.chat_encoding import TOO_LONG
 from longvlm.training.collator import LongVLMDataCollator
 from longvlm.training.data import build_dataset
-from longvlm.features.extract import check_features, feature_metadata
-from longvlm.training.chat_encoding import TOO_LONG
-from longvlm.training.tuning import TuningArguments, prepare_model, trainable_parameters
 from longvlm.training.trainer import LongVLMTrainer, last_whole_checkpoint
+from longvlm.training.tuning import TuningArguments, prepare_model, trainable_parameters
 
 logger = logging.get_logger(__name__)
 

@@ -6,13 +6,12 @@ Whatever a user can cause ends in one line on stderr and exit code 2; `LONGVLM_T
 import os
 import sys
 from enum import StrEnum
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-import longvlm
-from longvlm.bundled import NOTE
 from longvlm_cli.convert import convert
 from longvlm_cli.publish import publish_command
 from longvlm_cli.train import extract_command, train_command
@@ -65,13 +64,13 @@ class Projector(StrEnum):
 
 def _version(value: bool) -> None:
     if value:
-        print(f"longvlm {longvlm.__version__}")
+        print(f"longvlm {version('longvlm')}")
         raise typer.Exit
 
 
 @app.callback()
 def options(
-    version: Annotated[
+    show_version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
@@ -153,8 +152,8 @@ def inspect_command(
     model = _chosen(model, quiet=True)
     from transformers.utils import logging
 
-    from longvlm_cli.ask import show_warnings_in_one_line
     from longvlm.evaluation.merge_picture import inspect
+    from longvlm_cli.ask import show_warnings_in_one_line
 
     show_warnings_in_one_line(sys.stderr)
     logging.set_verbosity_error()
@@ -251,7 +250,9 @@ def _chosen(model: str | None, *, quiet: bool) -> str:
     That it is longvlm-tiny is said under --quiet, too: answers about a video that it does not know look like others.
     """
     if model is None:
-        model = str(longvlm.tiny_checkpoint())
+        from longvlm.bundled import NOTE, tiny_checkpoint
+
+        model = str(tiny_checkpoint())
         print(NOTE, file=sys.stderr, flush=True)
     elif not quiet:
         print(f"loading {model}", file=sys.stderr, flush=True)

@@ -29,9 +29,9 @@ def extract_command(
     from accelerate import PartialState
     from transformers.utils import logging
 
-    from longvlm_cli.ask import show_warnings_in_one_line
-    from longvlm.registration import LongVLMForConditionalGeneration, LongVLMProcessor
     from longvlm.features.extract import extract_features
+    from longvlm.registration import LongVLMForConditionalGeneration, LongVLMProcessor
+    from longvlm_cli.ask import show_warnings_in_one_line
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -5,8 +5,8 @@ import statistics
 from collections import defaultdict
 from pathlib import Path
 
-from recipes.ablations.variants import VARIANTS
 from longvlm.evaluation.storyline import KINDS
+from recipes.ablations.variants import VARIANTS
 
 BEGIN, END = "<!-- results: made by evaluation/ablations/run.py -->", "<!-- end of results -->"
 PLOT = "ablations.png"

@@ -18,10 +18,10 @@ from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, CLIPVisionModel
 from transformers.utils import logging
 
+from longvlm.evaluation.storyline import KINDS, frames_at, middle_times
 from longvlm.features.store import FeatureReader, FeatureWriter
 from recipes.ablations.report import write_report
 from recipes.ablations.variants import VARIANTS, Variant, condense
-from longvlm.evaluation.storyline import KINDS, frames_at, middle_times
 from recipes.tiny.language import LanguageWithHeads, train_language
 from recipes.tiny.lessons import Group, PromptMaker, load_lessons, pack
 from recipes.tiny.pieces import find_pieces

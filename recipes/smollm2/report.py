@@ -4,8 +4,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from recipes.smollm2.events import CHANCE
 from longvlm.evaluation.storyline import KINDS
+from recipes.smollm2.events import CHANCE
 
 TRAINED, CONTROLS = "trained", ("trained, another story's video", "trained, no video")
 TOLD = ("lora-pieces", "lora-pieces, another story's events")

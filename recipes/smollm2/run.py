@@ -30,21 +30,21 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging
 
 import longvlm
-from recipes.smollm2.events import TELL, tell_events
-from recipes.smollm2.report import page
 from longvlm.conversion.assemble import assemble
-from longvlm.features.store import FeatureReader, FeatureWriter
 from longvlm.evaluation.storyline import KINDS, Story, chance_levels, make_questions, make_story, story_seed
 from longvlm.evaluation.storyline.blind import questions_of
 from longvlm.evaluation.storyline.questions import DOES
 from longvlm.evaluation.storyline.scoring import score
 from longvlm.features.extract import extract_features
+from longvlm.features.store import FeatureReader, FeatureWriter
+from longvlm.training.train import parse_arguments, train
+from longvlm.training.trainer import last_whole_checkpoint
+from longvlm.training.tuning import PROJECTOR_FILE
+from recipes.smollm2.events import TELL, tell_events
+from recipes.smollm2.report import page
 from recipes.tiny.pieces import piece_of, windows_of
 from recipes.tiny.recipe import MEAN, METHOD, STD
 from recipes.tiny.story_features import StoryVideos, video_name
-from longvlm.training.train import parse_arguments, train
-from longvlm.training.tuning import PROJECTOR_FILE
-from longvlm.training.trainer import last_whole_checkpoint
 from tests.helpers.real_data import RealDataUnavailable, smollm2_gguf
 
 # SmolLM2's own turns without the system text that it would add: that would cost 20 tokens of each question.

@@ -22,8 +22,8 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
-from longvlm.files import output_folder
 from longvlm.evaluation.storyline.scoring import score
+from longvlm.files import output_folder
 from recipes.tiny.card import card_text
 from recipes.tiny.language import LanguageWithHeads, is_trained, train_language
 from recipes.tiny.lessons import Plan, load_lessons, window_group

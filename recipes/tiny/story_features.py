@@ -5,9 +5,9 @@ from pathlib import Path
 
 import torch
 
-from longvlm.features.store import FeatureReader
 from longvlm.evaluation.storyline import Story, frames_at, make_story, middle_times, story_seed
 from longvlm.features.extract import extract_features
+from longvlm.features.store import FeatureReader
 from recipes.tiny.pieces import piece_of
 from recipes.tiny.vision import FRAME_SIZE
 

@@ -35,10 +35,11 @@ from transformers import (
     ViTModel,
 )
 
-from longvlm import LongVLMForConditionalGeneration, LongVLMProcessor, cli
+from longvlm import LongVLMForConditionalGeneration, LongVLMProcessor
 from longvlm.conversion.assemble import VIDEO_TOKENS, assemble, join
-from longvlm.files import output_folder
 from longvlm.conversion.parts import load_language, load_vision
+from longvlm.files import output_folder
+from longvlm_cli import app as cli
 from tests.helpers.tiny_models import save_tiny_llm, tiny_text_config, tiny_tokenizer, tiny_vision_config
 
 METHOD = {"num_global_layers": 2, "frames_per_segment": 4, "tokens_per_segment": 6}

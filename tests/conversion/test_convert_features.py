@@ -13,7 +13,6 @@ import subprocess
 import sys
 import time
 import tracemalloc
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,9 +21,6 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from longvlm import cli
-from longvlm.conversion import feature_shards
-from longvlm.features.store import FeatureReader, FeatureWriter, fingerprint
 from longvlm.conversion.original_features import (
     convert_features,
     dump_float_array,
@@ -32,8 +28,11 @@ from longvlm.conversion.original_features import (
     load_float_array,
     read_feature_file,
 )
+from longvlm.features import store
+from longvlm.features.store import FeatureReader, FeatureWriter, fingerprint
+from longvlm_cli import app as cli
+from tests.helpers.paths import FIXTURES
 
-FIXTURES = Path(__file__).parent / "fixtures"
 FEATURES = FIXTURES / "original_checkpoint" / "features"
 ARRAY = np.arange(12, dtype=np.float16).reshape(3, 4) / 8
 
@@ -351,7 +350,7 @@ def test_a_killed_run_is_gone_on_with(tmp_path):
 def test_a_stop_at_any_moment_loses_and_doubles_nothing(moment, tmp_path, monkeypatch):
     values = write_features(tmp_path, 12)
     sources, out = (tmp_path / "local", tmp_path / "memory"), tmp_path / "out"
-    settle, calls = feature_shards._settle, []
+    settle, calls = store._settle, []
 
     class Stop(BaseException):
         pass
@@ -366,10 +365,10 @@ def test_a_stop_at_any_moment_loses_and_doubles_nothing(moment, tmp_path, monkey
                 raise Stop
         settle(temporary, final)
 
-    monkeypatch.setattr(feature_shards, "_settle", stopped)
+    monkeypatch.setattr(store, "_settle", stopped)
     with pytest.raises(Stop):
         convert_features(*sources, out, shard_bytes=500)
-    monkeypatch.setattr(feature_shards, "_settle", settle)
+    monkeypatch.setattr(store, "_settle", settle)
     convert_features(*sources, out, shard_bytes=500)
     check_features(out, values)
     assert not list(out.glob("*.partial"))

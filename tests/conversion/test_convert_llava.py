@@ -31,9 +31,10 @@ from transformers import (
     pipeline,
 )
 
-from longvlm import LongVLMForConditionalGeneration, LongVLMProcessor, cli
+from longvlm import LongVLMForConditionalGeneration, LongVLMProcessor
 from longvlm.conversion.assemble import VIDEO_TOKENS
 from longvlm.conversion.llava import convert_llava
+from longvlm_cli import app as cli
 from tests.helpers.tiny_models import tiny_text_config, tiny_tokenizer, tiny_vision_config, write_video
 from tests.helpers.tokenizers_for_tests import FIXTURES
 

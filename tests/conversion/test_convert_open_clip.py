@@ -18,10 +18,11 @@ from PIL import Image
 from safetensors.torch import save_file
 from transformers import AutoImageProcessor, AutoModel, CLIPVisionModel, pipeline
 
-from longvlm import LongVLMForConditionalGeneration, LongVLMProcessor, cli
+from longvlm import LongVLMForConditionalGeneration, LongVLMProcessor
 from longvlm.conversion.assemble import assemble
 from longvlm.conversion.openclip_vision import convert_open_clip, load_open_clip
 from longvlm.conversion.parts import load_vision
+from longvlm_cli import app as cli
 from tests.helpers.tiny_models import save_tiny_llm, write_video
 
 open_clip = pytest.importorskip("open_clip")

@@ -20,14 +20,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, pipeline
 
 import longvlm
-from longvlm import cli
 from longvlm.conversion.original import VIDEO_TOKENS, convert_original
 from longvlm.conversion.original_features import read_feature_file
 from longvlm.conversion.shards import TensorReader
 from longvlm.conversion.to_original import convert_to_original
+from longvlm_cli import app as cli
+from tests.helpers.paths import FIXTURES
 from tests.helpers.tiny_models import tiny_vision_config, write_video
 
-FIXTURES = Path(__file__).parent / "fixtures"
 ORIGINAL = FIXTURES / "original_checkpoint"
 BASE, DELTA, PROJECTOR = ORIGINAL / "base", ORIGINAL / "delta", ORIGINAL / "mm_projector.bin"
 EXPECTED = json.loads((FIXTURES / "original_tiny.json").read_text())

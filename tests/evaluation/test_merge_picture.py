@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_modeling import noise_video
-from tests.helpers.tiny_models import save_tiny_longvlm, tiny_longvlm
+
+from tests.helpers.tiny_models import noise_video, save_tiny_longvlm, tiny_longvlm
 from tests.helpers.video_files import write_video
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import evaluate
 import pytest
 
-from longvlm.evaluation.metrics.short_answer import longvlm_qa
+from longvlm.evaluation.metrics.short_answer import short_answer
 from longvlm.evaluation.metrics.short_answer.short_answer import LongVLMQA, name_choice, normalize_answer, token_f1
 
 PREDICTIONS = ["The red star.", "blue cross", "yes", "It is a RED one", "two"]
@@ -34,7 +34,7 @@ def test_scores_are_those_computed_by_hand():
 
 
 def test_evaluate_loads_the_folder_and_gives_the_same():
-    loaded = evaluate.load(str(Path(longvlm_qa.__file__).parent))
+    loaded = evaluate.load(str(Path(short_answer.__file__).parent))
     arguments = {"predictions": PREDICTIONS, "references": REFERENCES, "kinds": KINDS, "choices": CHOICES}
     assert loaded.compute(**arguments) == LongVLMQA().compute(**arguments)
 

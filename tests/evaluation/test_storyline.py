@@ -12,7 +12,6 @@ import sys
 import tracemalloc
 from collections import Counter
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,6 +23,7 @@ from longvlm.evaluation.storyline import blind, questions
 from longvlm.evaluation.storyline.render import RGB
 from longvlm.evaluation.storyline.story import MAX_COUNT
 from longvlm.processing.video_decoding import decode_video
+from tests.helpers.paths import ROOT
 
 FINGERPRINT = """
 import hashlib, sys
@@ -259,7 +259,7 @@ def test_the_guessers_find_what_can_be_guessed():
 
 
 def test_the_chance_levels_in_the_documentation_are_those_of_the_code(asked):
-    text = (Path(__file__).parent.parent / "docs" / "storyline.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "storyline.md").read_text(encoding="utf-8")
     rows = [[cell.strip() for cell in line.split("|")[1:4]] for line in text.splitlines() if line.startswith("| ")]
     written = {kind: (count, chance) for kind, count, chance in rows[1:]}
     times = Counter(question.kind for question in asked["test"]) + Counter({"all": len(asked["test"])})

@@ -6,16 +6,14 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 
-from longvlm.features.store import FeatureReader, FeatureWriter
 from longvlm.features.extract import check_features, extract_features, feature_metadata
+from longvlm.features.store import FeatureReader, FeatureWriter
+from tests.helpers.paths import ROOT
 from tests.helpers.tiny_models import save_tiny_longvlm, tiny_longvlm, write_video
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")

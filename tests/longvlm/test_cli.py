@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-import tests.helpers.video_files
 
-from longvlm import cli
+from longvlm_cli import app as cli
+from tests.helpers import video_files
 from tests.helpers.tiny_models import save_tiny_llm, save_tiny_longvlm, tiny_longvlm, write_video
 
 
@@ -103,7 +103,7 @@ def test_quiet_says_nothing(longvlm, checkpoint, video):
 
 
 def test_truncated_video_is_one_warning(longvlm, checkpoint, tmp_path):
-    short = Path(tests.helpers.video_files.write_video(tmp_path / "cut.mkv", 250))
+    short = Path(video_files.write_video(tmp_path / "cut.mkv", 250))
     code, _, err = longvlm("ask", short, "Who?", "--model", checkpoint, "--quiet", *SHORT)
     assert (code, err) == (0, "")
     data = short.read_bytes()
@@ -244,7 +244,7 @@ def test_a_fault_of_the_program_shows_where_it_is(longvlm, checkpoint, video, mo
 
 def test_help_needs_neither_torch_nor_transformers():
     for arguments in (["--help"], ["ask", "--help"], ["assemble", "--help"], ["--version"]):
-        command = [sys.executable, "-X", "importtime", "-m", "longvlm", *arguments]
+        command = [sys.executable, "-X", "importtime", "-m", "longvlm_cli", *arguments]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         imported = {line.rsplit("|", 1)[-1].strip() for line in done.stderr.splitlines() if "|" in line}
         assert "longvlm_cli.app" in imported and not imported & {"torch", "transformers", "numpy"}

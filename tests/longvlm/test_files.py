@@ -2,10 +2,10 @@
 
 import pytest
 
-from longvlm.files import read_json_object
 from longvlm.conversion.llava import convert_llava
-from longvlm.publishing.model_card import read_config
 from longvlm.conversion.to_original import convert_to_original
+from longvlm.files import read_json_object
+from longvlm.publishing.model_card import read_config
 
 WRONG = {"a list": b"[]", "text": b'"x"', "no JSON": b"{", "not UTF-8": b"\xff\xfe\x00", "empty": b""}
 

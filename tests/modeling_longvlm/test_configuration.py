@@ -5,10 +5,10 @@ import json
 import numpy as np
 import pytest
 import torch
-from tests.helpers.tiny_models import tiny_config, tiny_longvlm, tiny_text_config, tiny_vision_config
 from transformers import AutoConfig, CLIPConfig, LlamaConfig, Qwen3Config, SiglipConfig
 
 from longvlm import LongVLMConfig, LongVLMForConditionalGeneration
+from tests.helpers.tiny_models import tiny_config, tiny_longvlm, tiny_text_config, tiny_vision_config
 
 
 def test_defaults_are_the_papers():

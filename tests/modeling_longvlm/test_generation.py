@@ -5,8 +5,6 @@ from threading import Thread
 
 import pytest
 import torch
-from test_modeling import noise_video
-from tests.helpers.tiny_models import tiny_longvlm, tiny_text_config
 from transformers import (
     AutoModelForImageTextToText,
     GPT2Config,
@@ -18,6 +16,7 @@ from transformers import (
 )
 
 from longvlm import LongVLMForConditionalGeneration
+from tests.helpers.tiny_models import noise_video, tiny_longvlm, tiny_text_config
 
 NEW = 6
 GREEDY = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False}

@@ -1,17 +1,16 @@
 """The model: the released numbers from pixels to logits, constant memory, and what batches must not change."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.helpers.tiny_models import tiny_config, tiny_longvlm, tiny_vision_config
 from transformers import CLIPVisionConfig, Dinov2Config, LlamaConfig, SiglipVisionConfig, ViTConfig
 
 from longvlm import LongVLMConfig, LongVLMForConditionalGeneration, LongVLMModel, merge_tokens
+from tests.helpers.paths import FIXTURES
+from tests.helpers.tiny_models import noise_video, tiny_config, tiny_longvlm, tiny_vision_config
 
-FIXTURES = Path(__file__).parent / "fixtures"
 CLIP = json.loads((FIXTURES / "clip.json").read_text())
 
 
@@ -59,13 +58,6 @@ def golden_llm(case: str, **options):
         "global_features": tensors[f"{case}.memory"][-5:].float()[None],
     }
     return model, features, tensors
-
-
-def noise_video(*frames: int, seed=0, size=56):
-    """Normalised frames `(videos, max(frames), 3, size, size)`: neighbours look alike."""
-    generator = torch.Generator().manual_seed(seed)
-    shape = (len(frames), max(frames), 3, size, size)
-    return torch.randn(shape[0], 1, *shape[2:], generator=generator) + 0.5 * torch.randn(shape, generator=generator)
 
 
 def test_released_numbers_from_pixels_to_features():

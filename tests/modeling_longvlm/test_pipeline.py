@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from tests.helpers.tiny_models import save_tiny_longvlm
 from transformers import pipeline
-from tests.helpers.video_files import write_video
 
 from longvlm import VideoDecodeError, VideoQuestionAnsweringPipeline
+from tests.helpers.tiny_models import save_tiny_longvlm
+from tests.helpers.video_files import write_video
 
 TASK = "video-question-answering"
 SHORT = {"max_new_tokens": 5, "min_new_tokens": 5}

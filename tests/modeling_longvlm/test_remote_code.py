@@ -7,16 +7,16 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from tests.helpers.tiny_models import save_tiny_longvlm, tiny_longvlm
 from transformers.dynamic_module_utils import get_imports
+
+from tests.helpers.paths import ROOT
+from tests.helpers.tiny_models import save_tiny_longvlm, tiny_longvlm
 from tests.helpers.video_files import write_video
 
-ROOT = Path(__file__).resolve().parent.parent
 QUESTION = "What happens?"
 CODE = {
     "animated_pictures.py",

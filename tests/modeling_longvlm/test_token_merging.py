@@ -1,7 +1,6 @@
 """Token merging: the released code's numbers, the paper's equation (1), and what must hold for any input."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,8 +10,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from longvlm.modeling_longvlm.token_merging import clip_schedule, derive_schedule, merge_tokens
+from tests.helpers.paths import FIXTURES
 
-FIXTURES = Path(__file__).parent / "fixtures"
 GOLDEN = json.loads((FIXTURES / "merge.json").read_text())
 SMALL = [case for case in GOLDEN["cases"] if case["input"]]
 FULL = [case for case in GOLDEN["cases"] if not case["input"]]

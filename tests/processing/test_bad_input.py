@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from tests.helpers.video_files import numbered_frame, read_number, write_sound, write_video
 
 from longvlm.processing.video_decoding import VideoDecodeError, VideoDecodeWarning, decode_video
 from longvlm.processing.video_processing_longvlm import LongVLMVideoProcessor
+from tests.helpers.video_files import numbered_frame, read_number, write_sound, write_video
 
 FASTSTART = {"movflags": "faststart"}
 

@@ -8,10 +8,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from tests.helpers.tokenizers_for_tests import FIXTURES, byte_level_tokenizer, original_tokenizer, unigram_tokenizer
 from transformers import AutoTokenizer
 
 from longvlm import LongVLMProcessor, LongVLMVideoProcessor
+from tests.helpers.tokenizers_for_tests import FIXTURES, byte_level_tokenizer, original_tokenizer, unigram_tokenizer
 
 PROMPTS = json.loads((FIXTURES / "prompts.json").read_text())
 ORIGINAL = json.loads((FIXTURES / "original_tiny.json").read_text())

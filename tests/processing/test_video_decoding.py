@@ -1,6 +1,6 @@
 """The frame that is asked for is the frame that comes back, in every container; and only a few are ever in memory.
 
-The videos are made here; each frame shows its own number (see tests.helpers.video_files.py)."""
+The videos are made here; each frame shows its own number (see video_files.py)."""
 
 import base64
 import gc
@@ -15,13 +15,12 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-import real_data
-import tests.helpers.video_files
 from PIL import Image
-from tests.helpers.video_files import CONTAINERS, numbered_frame, read_number, write_container, write_video
 
 from longvlm.processing import video_decoding
 from longvlm.processing.video_decoding import decode_video, is_torchcodec_usable
+from tests.helpers import real_data, video_files
+from tests.helpers.video_files import CONTAINERS, numbered_frame, read_number, write_container, write_video
 
 COUNT = 150
 
@@ -144,7 +143,7 @@ def test_hidden_frames_of_vp8_are_not_counted(tmp_path):
 @pytest.mark.parametrize("kind", ["mp4 with variable frame rate", "mkv with variable frame rate"])
 def test_timestamps_are_the_times_at_which_frames_are_shown(container_file, kind):
     decoded = decode_video(container_file(kind), take(0, 1, 2, 3, 80, 149))
-    times = np.array(tests.helpers.video_files.uneven_times(COUNT))[[0, 1, 2, 3, 80, 149]] / 1000
+    times = np.array(video_files.uneven_times(COUNT))[[0, 1, 2, 3, 80, 149]] / 1000
     np.testing.assert_allclose(decoded.metadata.timestamps, times, atol=1.1e-3)
 
 
@@ -158,7 +157,7 @@ def test_seconds_of_a_transport_stream_count_from_its_start(container_file):
 def test_metadata_describes_the_source(container_file):
     metadata = decode_video(container_file("mkv"), take(10, 20)).metadata
     assert (metadata.total_num_frames, metadata.fps, metadata.duration) == (COUNT, 25.0, 6.0)
-    assert (metadata.width, metadata.height) == (tests.helpers.video_files.WIDTH, tests.helpers.video_files.HEIGHT)
+    assert (metadata.width, metadata.height) == (video_files.WIDTH, video_files.HEIGHT)
     assert metadata["timestamps"] == [0.4, 0.8]
 
 
@@ -180,7 +179,7 @@ def test_seeking_decodes_few_frames(tmp_path, monkeypatch):
 
 def test_dense_targets_are_decoded_once(tmp_path, monkeypatch):
     """More targets than keyframes: no seek back to a keyframe that was passed already."""
-    path = write_video(tmp_path / "dense.mp4", 300, gop=100, options=tests.helpers.video_files.B_FRAMES)
+    path = write_video(tmp_path / "dense.mp4", 300, gop=100, options=video_files.B_FRAMES)
     decoded = 0
     original = video_decoding._PyAVReader._next
 
@@ -229,7 +228,7 @@ def test_rotation_is_applied(tmp_path, degrees):
     path = write_video(tmp_path / "turned.mp4", 30, rotation=degrees, draw=corner)
     decoded = decode_video(path, take(0, 25))
     for frame in decoded.frames:
-        upright = np.rot90(corner(0, tests.helpers.video_files.WIDTH, tests.helpers.video_files.HEIGHT), degrees // 90 % 4)
+        upright = np.rot90(corner(0, video_files.WIDTH, video_files.HEIGHT), degrees // 90 % 4)
         assert frame.shape == upright.shape
         assert np.abs(frame.astype(int) - upright).mean() < 3
     assert (decoded.metadata.height, decoded.metadata.width) == decoded.frames[0].shape[:2]
@@ -325,7 +324,7 @@ def test_progress_is_reported(container_file):
 
 def test_the_rate_of_a_variable_frame_rate_is_its_mean(container_file):
     metadata = decode_video(container_file("mkv with variable frame rate"), take(0)).metadata
-    times = tests.helpers.video_files.uneven_times(COUNT)
+    times = video_files.uneven_times(COUNT)
     assert metadata.fps == pytest.approx((COUNT - 1) * 1000 / times[-1], rel=1e-3)
 
 

@@ -11,11 +11,11 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoVideoProcessor, CLIPImageProcessor
 from transformers.video_utils import VideoMetadata
-from tests.helpers.video_files import numbered_frame, read_number, uneven_times, write_video
 
 from longvlm.processing.video_processing_longvlm import LongVLMVideoProcessor
+from tests.helpers.paths import FIXTURES
+from tests.helpers.video_files import numbered_frame, read_number, uneven_times, write_video
 
-FIXTURES = pathlib.Path(__file__).parent / "fixtures"
 FRAMES = json.loads((FIXTURES / "frames.json").read_text())
 PREPROCESS = json.loads((FIXTURES / "preprocess.json").read_text())
 

@@ -4,7 +4,6 @@ That its usage snippets run is tested in `test_publishing.py`, on a checkpoint l
 """
 
 import json
-from pathlib import Path
 
 import pytest
 import yaml
@@ -18,9 +17,9 @@ from longvlm.publishing.model_card import (
     read_results,
     template,
 )
+from tests.helpers.paths import ROOT
 from tests.helpers.tiny_models import save_tiny_longvlm, tiny_longvlm
 
-ROOT = Path(__file__).resolve().parent.parent
 RESULT = {
     "task_type": "video-text-to-text",
     "task_name": "Video question answering",

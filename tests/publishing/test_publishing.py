@@ -20,13 +20,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from longvlm import cli
-from longvlm.conversion import publishing_checks
+from longvlm.publishing import checks
 from longvlm.publishing.publish import NotReady, publish
+from longvlm_cli import app as cli
 from tests.helpers.hub_stub import HubStub
+from tests.helpers.paths import ROOT
 from tests.helpers.tiny_models import save_tiny_longvlm, tiny_longvlm, write_video
 
-ROOT = Path(__file__).resolve().parent.parent
 CARD_OPTIONS = ("--license", "apache-2.0", "--base-model", "me/llm", "--base-model", "me/encoder")
 CARD = {"license": "apache-2.0", "base_model": ["me/llm", "me/encoder"]}
 WITHOUT_PACKAGE = 'import sys\nsys.modules["longvlm"] = None\n'
@@ -68,7 +68,7 @@ def hub(monkeypatch):
 @pytest.fixture
 def quick(monkeypatch):
     """Without loading the folder in another process, where a test is about something else."""
-    monkeypatch.setattr(publishing_checks, "loading_problems", lambda folder: [])
+    monkeypatch.setattr(checks, "loading_problems", lambda folder: [])
 
 
 def command(capfd, *arguments):
@@ -174,7 +174,7 @@ AutoProcessor.from_pretrained(sys.argv[1]).push_to_hub("me/pushed")
     with HubStub() as hub:
         run(push, tmp_path, hub, made)
         arrived = hub.repos["me/pushed"].branches["main"]
-        code = publishing_checks.installed_code()
+        code = checks.installed_code()
         assert {name: arrived[name] for name in code} == {name: path.read_bytes() for name, path in code.items()}
         assert json.loads(arrived["config.json"])["auto_map"]["AutoModel"] == "modeling_longvlm.LongVLMModel"
         assert arrived["model.safetensors"] == (made / "model.safetensors").read_bytes()
@@ -220,7 +220,7 @@ trainer.push_to_hub()
     with HubStub() as hub:
         run(train, tmp_path, hub, made)
         arrived = hub.repos["me/trained"].branches["main"]
-        code = publishing_checks.installed_code()
+        code = checks.installed_code()
         assert {name: arrived.get(name) for name in code} == {name: path.read_bytes() for name, path in code.items()}
         check_loads_back(hub, "me/trained", tmp_path)
     # What the Trainer leaves can be published as well; its arguments are a pickle.

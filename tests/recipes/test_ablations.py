@@ -5,11 +5,11 @@ import json
 import pytest
 import torch
 
+from longvlm.evaluation.storyline import KINDS
+from longvlm.modeling_longvlm.token_merging import merge_tokens
 from recipes.ablations import report
 from recipes.ablations.run import encode, lessons_of, planned, run_one
 from recipes.ablations.variants import VARIANTS, condense, num_tokens
-from longvlm.evaluation.storyline import KINDS
-from longvlm.modeling_longvlm.token_merging import merge_tokens
 from recipes.tiny import vision as tiny_vision
 from recipes.tiny.recipe import make_config, make_model, make_processor, make_tokenizer
 

@@ -16,13 +16,13 @@ import yaml
 from packaging import version
 
 from longvlm import LongVLMForConditionalGeneration, LongVLMProcessor
-from longvlm.training.collator import LongVLMDataCollator
 from longvlm.features.extract import extract_features
+from longvlm.training.collator import LongVLMDataCollator
 from longvlm.training.train import parse_arguments, train
 from longvlm.training.tuning import load_projector, video_token_ids
+from tests.helpers.paths import ROOT
 from tests.helpers.tiny_models import save_tiny_longvlm, tiny_text_config, write_video
 
-ROOT = Path(__file__).resolve().parent.parent
 LLM = "model.language_model"
 
 

@@ -1,20 +1,19 @@
 """Training data: forms of rows, the report of what is dropped, labels equal to the released code's, batches."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
 
 from longvlm.features.store import FeatureWriter
+from longvlm.training.chat_encoding import encode_chat
 from longvlm.training.collator import LongVLMDataCollator
 from longvlm.training.data import build_dataset
-from longvlm.training.chat_encoding import encode_chat
 from longvlm.training.formats import as_messages
+from tests.helpers.paths import FIXTURES
 from tests.helpers.tiny_models import tiny_config, tiny_processor, write_video
 from tests.helpers.tokenizers_for_tests import byte_level_tokenizer, original_tokenizer, unigram_tokenizer
 
-FIXTURES = Path(__file__).parent / "fixtures"
 GOLDEN = json.loads((FIXTURES / "labels.json").read_text())
 VIDEOINSTRUCT = json.loads((FIXTURES / "prompts.json").read_text())["videoinstruct"]
 # SmolLM2's, without the sentence about itself: no generation marks, a system text of its own.

@@ -4,7 +4,6 @@ import json
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,9 +16,8 @@ from safetensors.torch import load_file
 
 from longvlm.features.store import FeatureWriter
 from longvlm.training.train import parse_arguments, train
+from tests.helpers.paths import ROOT
 from tests.helpers.tiny_models import save_tiny_longvlm, tiny_longvlm, tiny_text_config, write_video
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def documented(name, folder):

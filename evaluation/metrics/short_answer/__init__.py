@@ -1,0 +1,1 @@
+"""`evaluate.load` on this folder gives the metric of `short_answer.py`."""

@@ -1,0 +1,1 @@
+"""The command `longvlm`, one file a command. Installed as `longvlm_cli`: see `app.py`."""

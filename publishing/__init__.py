@@ -1,0 +1,1 @@
+"""Publishing a checkpoint on the Hub: its card, the checks, the upload."""

@@ -1,0 +1,1 @@
+"""How what comes with this project was made: longvlm-tiny, the ablations, the SmolLM2 run. Not in the wheel."""

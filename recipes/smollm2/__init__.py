@@ -1,0 +1,1 @@
+"""SmolLM2 on Storyline (`docs/smollm2.md`)."""

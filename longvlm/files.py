@@ -1,12 +1,14 @@
-"""Files as everybody here reads and writes them: a folder whole or not at all, JSON objects of strangers.
+"""How files are read and written here: a file or a folder whole or not at all, and JSON objects from anywhere.
 
-A folder is written beside its place first, then renamed. What a killed process has left beside it is cleared away by
-the next one that writes there.
+Everything is written beside its place first, then renamed. What a killed process left there is cleared away by the next
+one that writes to the same place.
 """
 
 import glob
+import itertools
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+
+_numbers = itertools.count()  # two threads may write to one place
 
 
 def check_free(out: str | Path, *, overwrite: bool = False) -> Path:
@@ -28,6 +32,26 @@ def check_free(out: str | Path, *, overwrite: bool = False) -> Path:
     if out.is_dir() and any(out.iterdir()) and not overwrite:
         raise ValueError(f"{out} is not empty; give another folder, or overwrite it with --overwrite (overwrite=True)")
     return out
+
+
+@contextmanager
+def atomic_write(path: str | Path) -> Iterator[Path]:
+    """Gives the name of a file to write; at the end that file takes the place of `path`, whole, also after a power cut.
+
+    The name has the suffix of `path`, since many savers choose the format by it. After an error nothing has changed.
+    """
+    path = Path(path).resolve()  # what a link points to takes the new content
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _clear_leftovers(path)
+    partial = path.parent / f".{path.name}.partial-{os.getpid()}.{next(_numbers)}{path.suffix}"
+    try:
+        yield partial
+        share_as_other_files(partial)
+        with open(partial, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -56,17 +80,31 @@ def output_folder(out: str | Path, *, overwrite: bool = False) -> Iterator[Path]
 
 
 def _clear_leftovers(out: Path) -> None:
-    """Removes the folders of processes that are gone; one that was killed between two renames has its old one back."""
+    """Removes what dead processes left beside `out`; a folder that was lost between two renames comes back."""
     for kind in ("previous", "partial"):
-        for folder in out.parent.glob(f".{glob.escape(out.name)}.{kind}-*"):
-            pid = folder.name.rsplit("-", 1)[1]
-            # Our own number is that of a process before us: containers give the same ones each time.
-            if not pid.isdigit() or (int(pid) != os.getpid() and psutil.pid_exists(int(pid))):
+        for left in out.parent.glob(f".{glob.escape(out.name)}.{kind}-*"):
+            if not _is_abandoned(left):
                 continue
             if kind == "previous" and not out.exists():
-                folder.rename(out)
+                left.rename(out)
+            elif left.is_dir():
+                shutil.rmtree(left, ignore_errors=True)
             else:
-                shutil.rmtree(folder, ignore_errors=True)
+                left.unlink(missing_ok=True)
+
+
+def _is_abandoned(path: Path) -> bool:
+    """Whether no process still writes it; its name holds the number of the one that began it."""
+    pid = re.search(r"\.(?:partial|previous)-(\d+)", path.name)
+    if pid is None:
+        return False
+    if int(pid[1]) != os.getpid():
+        return not psutil.pid_exists(int(pid[1]))
+    # Containers give the same numbers each time: ours may be that of a process before us.
+    try:
+        return path.stat().st_mtime < psutil.Process().create_time()
+    except FileNotFoundError:
+        return False
 
 
 def share_as_other_files(path: Path) -> None:

@@ -1,10 +1,14 @@
-"""JSON files of checkpoints that hold something else end in one line that names the file."""
+"""Files are written whole or not at all; JSON files of something else end in one line that names the file."""
+
+import os
+import subprocess
+import sys
 
 import pytest
 
 from longvlm.conversion.llava import convert_llava
 from longvlm.conversion.to_original import convert_to_original
-from longvlm.files import read_json_object
+from longvlm.files import atomic_write, read_json_object
 from longvlm.publishing.model_card import read_config
 
 WRONG = {"a list": b"[]", "text": b'"x"', "no JSON": b"{", "not UTF-8": b"\xff\xfe\x00", "empty": b""}
@@ -31,3 +35,54 @@ def test_fields_that_lack_are_no_traceback(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "longvlm"}')
     with pytest.raises(ValueError, match="language model"):
         convert_to_original(tmp_path, tmp_path / "out")
+
+
+def test_a_file_appears_whole(tmp_path):
+    out = tmp_path / "new" / "numbers.json"
+    with atomic_write(out) as partial:
+        partial.write_text("[1")
+        assert partial.suffix == ".json" and not out.exists()
+        partial.write_text("[1]")
+    assert out.read_text() == "[1]" and list(out.parent.iterdir()) == [out]
+    umask = os.umask(0)
+    os.umask(umask)
+    assert out.stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+def test_an_error_changes_nothing(tmp_path):
+    out = tmp_path / "numbers.json"
+    out.write_text("before")
+    with pytest.raises(ZeroDivisionError), atomic_write(out) as partial:
+        partial.write_text("after")
+        1 / 0  # noqa: B018
+    assert out.read_text() == "before" and list(tmp_path.iterdir()) == [out]
+
+
+def test_a_link_stays_a_link(tmp_path):
+    (tmp_path / "link.txt").symlink_to(tmp_path / "real.txt")
+    with atomic_write(tmp_path / "link.txt") as partial:
+        partial.write_text("new")
+    assert (tmp_path / "link.txt").is_symlink() and (tmp_path / "real.txt").read_text() == "new"
+
+
+def test_what_a_killed_process_left_is_cleared_away(tmp_path):
+    out = tmp_path / "numbers.json"
+    script = (
+        "import os, sys, longvlm.files as f\n"
+        "with f.atomic_write(sys.argv[1]) as partial:\n    partial.write_text('half')\n    os._exit(9)"
+    )
+    assert subprocess.run([sys.executable, "-c", script, str(out)]).returncode == 9
+    assert not out.exists() and len(list(tmp_path.iterdir())) == 1
+    with atomic_write(out) as partial:
+        assert list(tmp_path.iterdir()) == []
+        partial.write_text("whole")
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_two_writers_at_once_do_not_meet(tmp_path):
+    out = tmp_path / "numbers.json"
+    with atomic_write(out) as first, atomic_write(out) as second:
+        first.write_text("first")
+        second.write_text("second")
+        assert first != second
+    assert out.read_text() == "first" and list(tmp_path.iterdir()) == [out]

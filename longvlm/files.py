@@ -1,7 +1,7 @@
 """How files are read and written here: a file or a folder whole or not at all, and JSON objects from anywhere.
 
-Everything is written beside its place first, then renamed. What a killed process left there is cleared away by the next
-one that writes to the same place.
+Everything is written beside its place first, then renamed. What a killed process left there is cleared away by the
+next one that writes to the same place.
 """
 
 import glob
@@ -36,7 +36,7 @@ def check_free(out: str | Path, *, overwrite: bool = False) -> Path:
 
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
-    """Gives the name of a file to write; at the end that file takes the place of `path`, whole, also after a power cut.
+    """Gives the name of a file to write; at the end that file takes the place of `path`, whole even after a power cut.
 
     The name has the suffix of `path`, since many savers choose the format by it. After an error nothing has changed.
     """

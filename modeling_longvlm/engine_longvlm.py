@@ -91,8 +91,13 @@ class LongVLMEngine:
                 raise ValueError(f"{', '.join(video_options)} cannot be applied to features that were encoded before")
             return self.model.base_model.check_video_features(video)
         settings = repr(sorted(video_options.items())), self.processor.video_processor.to_json_string(), self._method()
-        key = video_key(video, *settings)
-        return self.cache.get_or_make(key, lambda: self._encode(video, video_options, progress))
+        if not _is_address(video):
+            key = video_key(video, *settings)
+            return self.cache.get_or_make(key, lambda: self._encode(video, video_options, progress))
+        # What came from there says which video it is: tomorrow the same address may hold another one.
+        with self.processor.video_processor.open_video(video) as source:
+            key = video_key(source.path if not source.temporary and source.path else source.digest(), *settings)
+            return self.cache.get_or_make(key, lambda: self._encode(source, video_options, progress))
 
     def _encode(self, video, video_options: dict, progress: Progress | None):
         model, total, encoded = self.model.base_model, 0, 0
@@ -481,6 +486,10 @@ def _stoppable(progress: Progress | None, should_stop: Callable[[], bool] | None
             progress(stage, done, total)
 
     return report
+
+
+def _is_address(video) -> bool:
+    return isinstance(video, str) and "://" in video[:16]
 
 
 def _are_features(video) -> bool:

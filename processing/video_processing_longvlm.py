@@ -22,7 +22,7 @@ from transformers.processing_utils import VideosKwargs
 from transformers.video_processing_utils import BaseVideoProcessor
 
 from .video_decoding import DecodedVideo, FrameMetadata, decode_video, iter_video
-from .video_sources import picture_to_rgb, read_picture
+from .video_sources import VideoSource, open_source, picture_to_rgb, read_picture
 
 PRESETS = {
     "clip": {"do_center_crop": True, "resample": PILImageResampling.BICUBIC},
@@ -260,6 +260,16 @@ class LongVLMVideoProcessor(BaseVideoProcessor):
         for piece in self._load(sources[0], metadata, options, progress, frames_per_piece):
             pixel_values = self._stack([piece], len(piece.frames), options)[0]
             yield VideoPiece(pixel_values, piece.metadata.timestamps, piece.metadata.duration)
+
+    def open_video(self, video) -> VideoSource:
+        """
+        Opens a video that is not given as frames; from an address it is downloaded. What comes back may be given in
+        its place to `iter_pieces`, any number of times, until it is closed (a context manager).
+
+        Raises:
+            VideoDecodeError: there is no such video.
+        """
+        return open_source(video)
 
     def fetch_videos(self, video_url_or_urls, sample_indices_fn=None):
         """Decode one video or a list of them: `(uint8 (T, 3, H, W), FrameMetadata)`, or a list of each."""

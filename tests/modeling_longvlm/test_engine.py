@@ -1,5 +1,7 @@
 """The engine: message lists in, answers out; features cached for many threads; choices scored on one prefill."""
 
+import functools
+import http.server
 import json
 import pickle
 import threading
@@ -420,6 +422,25 @@ def test_a_file_that_is_gone_is_not_answered_from_the_cache(engine, tmp_path):
     (tmp_path / "film.mp4").unlink()
     with pytest.raises(VideoDecodeError, match=r"film\.mp4"):
         engine.encode(film)
+
+
+def test_an_address_is_known_by_what_comes_from_it(engine, tmp_path, encoded):
+    write_video(tmp_path / "film.mp4", 10)
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
+    handler.log_message = lambda *args: None
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/film.mp4"
+        first = engine.encode(url)
+        assert engine.encode(url) is first and sum(encoded) == 8
+        write_video(tmp_path / "film.mp4", range(50, 70))
+        assert engine.encode(url) is not first and sum(encoded) == 16
+        (tmp_path / "film.mp4").unlink()
+        with pytest.raises(VideoDecodeError, match="404"):
+            engine.encode(url)
+        server.shutdown()
+    file = write_video(tmp_path / "file.mp4", 10)
+    assert engine.encode(f"file://{file}") is engine.encode(file)
 
 
 def test_cached_features_do_not_hold_a_graph(engine, films):

@@ -17,8 +17,10 @@ if (_parent / "modeling_longvlm").is_dir() and (_parent / "pyproject.toml").is_f
 # Importing registers, whoever imports; it takes the seconds of torch and transformers. The command line is a package
 # of its own (`longvlm/cli/`, installed as `longvlm_cli`), so that `longvlm --help` need not wait for it.
 from longvlm.bundled import tiny_checkpoint  # noqa: E402
+from longvlm.loading import load  # noqa: E402
 from longvlm.registration import (  # noqa: E402
     LongVLMConfig,
+    LongVLMEngine,
     LongVLMForConditionalGeneration,
     LongVLMModel,
     LongVLMProcessor,
@@ -32,12 +34,14 @@ __version__ = "0.1.0"
 
 __all__ = [
     "LongVLMConfig",
+    "LongVLMEngine",
     "LongVLMForConditionalGeneration",
     "LongVLMModel",
     "LongVLMProcessor",
     "LongVLMVideoProcessor",
     "VideoDecodeError",
     "VideoQuestionAnsweringPipeline",
+    "load",
     "merge_tokens",
     "tiny_checkpoint",
 ]

@@ -1,38 +1,93 @@
-"""Loads a checkpoint folder or Hub id, with errors that say what to do."""
+"""`longvlm.load`: a checkpoint folder or Hub id becomes an engine, or one line says why not."""
 
+import os
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, pipeline
+from transformers import PreTrainedConfig
 
-from longvlm.registration import TASK
+from longvlm.bundled import tiny_checkpoint
+from longvlm.modeling_longvlm.engine_longvlm import LongVLMEngine
+from longvlm.modeling_longvlm.modeling_longvlm import LongVLMForConditionalGeneration
+from longvlm.processing.processing_longvlm import LongVLMProcessor
+
+# Options of `from_pretrained` that say where to look: they hold for the processor and the configuration, too.
+_WHERE = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder")
 
 
-def load_pipeline(model: str, *, dtype: str = "auto", device: str | None = None):
-    """The pipeline of a checkpoint folder or Hub id.
+def load(
+    model: str | Path | None = None,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device | None = None,
+    cache_bytes: int = 256 << 20,
+    **options,
+) -> LongVLMEngine:
+    """
+    Loads a LongVLM, ready to be asked.
+
+    Args:
+        model: checkpoint folder or Hub id; default: the environment variable `LONGVLM_MODEL`, else the bundled
+            `longvlm-tiny`, which knows nothing but the synthetic videos of Storyline.
+        dtype: of the weights; `"auto"`: as they were saved.
+        device: `"cpu"`, `"cuda"`, `"cuda:1"`, `"mps"`...; default: the accelerator if there is one. Not together with
+            `device_map`.
+        cache_bytes: how much of the features of earlier videos the engine keeps.
+        options: of `from_pretrained`: `revision`, `device_map`, `quantization_config`, `attn_implementation`...
+
+    Returns:
+        [`LongVLMEngine`], in evaluation mode.
 
     Raises:
-        ValueError: the folder does not exist, or holds another kind of model.
+        ValueError: there is no such model, it is of another kind, or the device cannot be used here.
     """
-    looks_like_path = model.startswith((".", "/", "~")) or model.count("/") > 1
-    if looks_like_path and not Path(model).expanduser().is_dir():
-        raise ValueError(f"there is no model folder {model}; make one with `longvlm assemble`")
-    model = str(Path(model).expanduser()) if looks_like_path else model
+    source = str(model if model is not None else os.environ.get("LONGVLM_MODEL") or tiny_checkpoint())
+    where = {name: options[name] for name in _WHERE if name in options}
+    source = _check_kind(source, where)
+    if device is not None and "device_map" in options:
+        raise ValueError(f'`device` "{device}" and `device_map` exclude each other; leave one of them out')
+    check_device(device)
+    loaded = LongVLMForConditionalGeneration.from_pretrained(source, dtype=dtype, **options).eval()
+    if getattr(loaded, "hf_device_map", None) is None and not getattr(loaded, "is_quantized", False):
+        loaded.to(device if device is not None else _best_device())
+    return LongVLMEngine(loaded, LongVLMProcessor.from_pretrained(source, **where), cache_bytes=cache_bytes)
+
+
+def _check_kind(source: str, where: dict) -> str:
+    looks_like_path = source.startswith((".", "/", "~")) or source.count("/") > 1
+    if looks_like_path:
+        source = str(Path(source).expanduser())
+        if not Path(source).is_dir():
+            raise ValueError(f"there is no model folder {source}; make one with `longvlm assemble`")
     try:
-        model_type = AutoConfig.from_pretrained(model).model_type
+        # Not AutoConfig: of a foreign model it would ask to run that model's code.
+        values, _ = PreTrainedConfig.get_config_dict(source, **where)
     except OSError as error:
         reason = str(error).splitlines()[0].rstrip(".")
-        raise ValueError(f"{model} is no folder here, and as a Hub id it cannot be loaded: {reason}") from error
+        raise ValueError(f"{source} is no folder here, and as a Hub id it cannot be loaded: {reason}") from error
+    model_type = values.get("model_type")
     if model_type != "longvlm":
-        raise ValueError(f"{model} is a {model_type} model, not a LongVLM; make one of it with `longvlm assemble`")
-    return pipeline(TASK, model=model, dtype=dtype, device=_usable(device))
+        raise ValueError(f"{source} is a {model_type} model, not a LongVLM; make one of it with `longvlm assemble`")
+    return source
 
 
-def _usable(device: str | None) -> str | None:
+def check_device(device: str | torch.device | None) -> None:
+    """
+    Raises:
+        ValueError: nothing can be computed on the device.
+    """
     try:
         if device is not None:
             torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f'--device "{device}" cannot be used here: {reason}') from error
-    return device
+        raise ValueError(f'`device` "{device}" cannot be used here: {reason}') from error
+
+
+def _best_device() -> torch.device:
+    if torch.accelerator.is_available():
+        return torch.device(torch.accelerator.current_accelerator())
+    return torch.device("cpu")
+
+
+__all__ = ["check_device", "load"]

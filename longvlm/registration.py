@@ -15,6 +15,7 @@ from transformers import (
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from longvlm.modeling_longvlm.configuration_longvlm import LongVLMConfig
+from longvlm.modeling_longvlm.engine_longvlm import LongVLMEngine
 from longvlm.modeling_longvlm.modeling_longvlm import LongVLMForConditionalGeneration, LongVLMModel
 from longvlm.modeling_longvlm.pipeline_longvlm import VideoQuestionAnsweringPipeline
 from longvlm.modeling_longvlm.token_merging import merge_tokens
@@ -24,6 +25,7 @@ from longvlm.processing.video_processing_longvlm import LongVLMVideoProcessor
 
 __all__ = [
     "LongVLMConfig",
+    "LongVLMEngine",
     "LongVLMForConditionalGeneration",
     "LongVLMModel",
     "LongVLMProcessor",

@@ -88,6 +88,7 @@ class LongVLMConfig(PreTrainedConfig):
         vision_chunk_frames: int = 16,
         image_size: int | None = None,
         lm_head_bias: bool = False,
+        video_delimiters: bool = True,
         **kwargs,
     ):
         self.vision_config = _vision_config(vision_config)
@@ -105,6 +106,7 @@ class LongVLMConfig(PreTrainedConfig):
         self.vision_chunk_frames = vision_chunk_frames
         self.image_size = image_size
         self.lm_head_bias = lm_head_bias
+        self.video_delimiters = video_delimiters
 
         vocab_size = self.text_config.vocab_size
         self.video_token_id = vocab_size - 3 if video_token_id is None else video_token_id
@@ -158,6 +160,8 @@ class LongVLMConfig(PreTrainedConfig):
         _one_of("merge_order", self.merge_order, ("matching", "time"))
         _one_of("global_placement", self.global_placement, ("prefix", "suffix", "none"))
         _one_of("projector_type", self.projector_type, ("linear", "mlp2x_gelu"))
+        if not isinstance(self.video_delimiters, bool):
+            raise ValueError(f"video_delimiters must be True or False, got {self.video_delimiters!r}.")
         if self.image_size is not None and not isinstance(self.image_size, (list, tuple)):
             _at_least("image_size", self.image_size, 1)
         (height, width), (patch_height, patch_width) = self.frame_size, _pair(self.vision_config.patch_size)
@@ -186,6 +190,10 @@ class LongVLMConfig(PreTrainedConfig):
         """Global tokens that really come out: E, or 0 if `global_placement` is `"none"`."""
         return 0 if self.global_placement == "none" else self.num_global_layers
 
+    def segment_length(self, num_frames: int) -> int:
+        """K for a video of `num_frames` frames."""
+        return self.frames_per_segment
+
     def num_video_tokens(self, num_frames: int) -> int:
         """Tokens that a video of `num_frames` frames gives the LLM, `<vid_start>` and `<vid_end>` not counted.
 
@@ -196,10 +204,14 @@ class LongVLMConfig(PreTrainedConfig):
         """
         _at_least("num_frames", num_frames, 1)
         num_frames = operator.index(num_frames)
-        segments, rest = divmod(num_frames, self.frames_per_segment)
-        frames = [self.frames_per_segment] * segments + [rest]
-        local = sum(min(self.tokens_per_segment, n * self.patches_per_frame) for n in frames)
-        return self.num_global_tokens + local
+        k = self.segment_length(num_frames)
+        segments, rest = divmod(num_frames, k)
+        frames = [k] * segments + [rest]
+        return self.total_video_tokens(sum(min(self.tokens_per_segment, n * self.patches_per_frame) for n in frames))
+
+    def total_video_tokens(self, num_local_tokens: int) -> int:
+        """Tokens that a video of `num_local_tokens` merged tokens gives the LLM: the global ones come to them."""
+        return num_local_tokens + self.num_global_tokens
 
 
 def _vision_config(value) -> PreTrainedConfig:

@@ -1,79 +1,130 @@
-"""Remembers the features of the videos asked about last, so that the next question costs no decoding and encoding.
+"""Remembers the features of the videos asked about last, so that the next question costs no decoding and no encoding.
 
-A video of the default 100 frames is 305 tokens: 1.2 MB for ViT-L in float32. Least recently used videos go first.
+A video of the default 100 frames is 305 tokens: 1.2 MB for ViT-L in float32. The least recently used videos go first.
+Many threads may use one cache. Several that ask about the same new video at the same moment wait for one of them to
+encode it (tried without: six threads encoded it six times).
 """
 
 import hashlib
 import os
+import stat
+import threading
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 
 class VideoFeatureCache:
-    """An LRU of `video_features`, one video an entry, sized in bytes.
+    """An LRU cache of `LongVLMVideoFeatures`, one video an entry, bounded in bytes. Safe for threads.
 
     Args:
-        max_bytes (`int`): features that take more than this together are forgotten, the least recently used first;
+        max_bytes (`int`): when the features take more than this together, the least recently used are forgotten;
             0 remembers nothing.
     """
 
     def __init__(self, max_bytes: int):
         if max_bytes < 0:
-            raise ValueError(f"max_bytes must be at least 0, got {max_bytes}.")
+            raise ValueError(f"max_bytes must be at least 0, got {max_bytes}")
         self.max_bytes = max_bytes
-        self._entries: OrderedDict[Hashable, object] = OrderedDict()
+        self._entries: OrderedDict[bytes, object] = OrderedDict()
+        self._num_bytes = 0
+        self._making: dict[bytes, threading.Event] = {}
+        self._lock = threading.Lock()
 
-    def get(self, key: Hashable | None):
-        """The features, or `None`; `None` as a key is never found."""
-        if key not in self._entries:
-            return None
-        self._entries.move_to_end(key)
-        return self._entries[key]
+    def get(self, key: bytes | None):
+        """The features, or `None`; the key `None` is never found."""
+        with self._lock:
+            if key not in self._entries:
+                return None
+            self._entries.move_to_end(key)
+            return self._entries[key]
 
-    def put(self, key: Hashable | None, features) -> None:
-        if key is None or _num_bytes(features) > self.max_bytes:
+    def put(self, key: bytes | None, features) -> None:
+        """Remembers `features`, unless they alone are larger than the cache."""
+        size = _num_bytes(features)
+        if key is None or size > self.max_bytes:
             return
-        self._entries[key] = features
-        self._entries.move_to_end(key)
-        while self.num_bytes > self.max_bytes:
-            self._entries.popitem(last=False)
+        with self._lock:
+            self._forget(key)
+            self._entries[key] = features
+            self._num_bytes += size
+            while self._num_bytes > self.max_bytes:
+                self._forget(next(iter(self._entries)))
+
+    def get_or_make(self, key: bytes | None, make: Callable):
+        """The features; `make()` makes them if they are not here. Only one thread at a time makes those of a key.
+
+        If `make` fails, its error goes to the thread that called it; a thread that waited tries for itself.
+        """
+        if key is None:
+            return make()
+        while True:
+            with self._lock:
+                if key in self._entries:
+                    self._entries.move_to_end(key)
+                    return self._entries[key]
+                others = self._making.get(key)
+                if others is None:
+                    mine = self._making[key] = threading.Event()
+            if others is None:
+                break
+            others.wait()
+        try:
+            # Features too large for the cache: those who wait make them again, one after another.
+            features = make()
+            self.put(key, features)
+            return features
+        finally:
+            with self._lock:
+                del self._making[key]
+            mine.set()
+
+    def _forget(self, key: bytes) -> None:
+        if key in self._entries:
+            self._num_bytes -= _num_bytes(self._entries.pop(key))
 
     @property
     def num_bytes(self) -> int:
-        return sum(map(_num_bytes, self._entries.values()))
+        """Size of all features that are remembered."""
+        return self._num_bytes
 
     def __len__(self) -> int:
         return len(self._entries)
 
     def clear(self) -> None:
-        """To be called after the vision tower's weights have changed."""
-        self._entries.clear()
+        """Forgets everything. Call it when the vision tower's weights have changed."""
+        with self._lock:
+            self._entries.clear()
+            self._num_bytes = 0
+
+    def __reduce__(self):
+        # A copy in another process starts empty: locks cannot travel, and features are cheap to make again.
+        return type(self), (self.max_bytes,)
 
 
-def video_key(video) -> Hashable | None:
-    """What tells one video from another: of a file its path, size and time of change, of frames their content.
+def video_key(video, *settings: str) -> bytes | None:
+    """A digest that tells one video from another, together with the settings it is seen by.
 
-    `None` for what cannot be told apart without using it up, such as an open file.
+    Of a file: its path, size and time of change; of anything else its content.
+
+    Returns:
+        `None` for what cannot be identified without using it up, such as a pipe or an open file, and for files that
+        cannot be read: whoever decodes them will say why.
     """
-    if isinstance(video, (str, os.PathLike)):
-        path = Path(video)
-        try:
-            files = [path, *sorted(path.iterdir())] if path.is_dir() else [path]
-            return tuple((str(f.resolve()), (s := f.stat()).st_mtime_ns, s.st_size) for f in files)
-        except OSError:
-            return str(video)  # a URL, or a file that is not there: the decoder will say so
-    digest = hashlib.blake2b()
+    digest = hashlib.blake2b(digest_size=32)
+    for setting in settings:
+        digest.update(f"{len(setting)} {setting}".encode())
     return digest.digest() if _digest(video, digest) else None
 
 
 def _digest(video, digest) -> bool:
     if isinstance(video, (bytes, bytearray, memoryview)):
+        digest.update(f"{memoryview(video).nbytes} bytes".encode())
         digest.update(video)
     elif isinstance(video, (str, os.PathLike)):
-        digest.update(repr(video_key(video)).encode())
+        return _digest_path(os.fspath(video), digest)
     elif isinstance(video, (list, tuple)):
         digest.update(f"{len(video)} of".encode())
         return all(_digest(frame, digest) for frame in video)
@@ -85,6 +136,24 @@ def _digest(video, digest) -> bool:
         digest.update(repr(kind).encode())
         digest.update(video.tobytes())
     else:
+        return False
+    return True
+
+
+def _digest_path(path, digest) -> bool:
+    if isinstance(path, str) and path.startswith("data:"):
+        digest.update(path.encode())  # a URL that holds its video
+        return True
+    try:
+        folder = Path(os.fsdecode(path))
+        files = [folder, *sorted(folder.iterdir())] if folder.is_dir() else [folder]
+        for file in files:
+            status = file.stat()
+            regular = stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)
+            if not (regular and os.access(file, os.R_OK)):
+                return False
+            digest.update(repr((str(file.resolve()), status.st_mtime_ns, status.st_size)).encode())
+    except (OSError, ValueError):  # no such file; or no path at all, such as one with a NUL in it
         return False
     return True
 

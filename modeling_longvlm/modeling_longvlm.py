@@ -28,6 +28,8 @@ from transformers.utils.generic import can_return_tuple
 
 from .configuration_longvlm import LongVLMConfig
 from .token_merging import merge_tokens
+from .video_state_longvlm import LongVLMVideoState
+from .vision_tower_longvlm import frames_for, to_device_of, vision_encoder
 
 if TYPE_CHECKING:
     # This line makes the pipeline's file travel with a saved checkpoint: transformers copies what is imported here.
@@ -66,12 +68,21 @@ class LongVLMVideoFeatures(BaseModelOutputWithPooling):
         local_features (`tuple` of `Tensor` of shape `(L_i, d)`): merged tokens of a video's segments, in a row.
         global_features (`Tensor` of shape `(videos, E, d)`): [CLS] tokens of the last E hidden states, averaged over
             the video's frames.
+        num_frames (`tuple` of `int`, *optional*): frames that each video was encoded from.
+        duration (`tuple` of `float` or `None`, *optional*): length of each video in seconds, where it is known.
+        frames_per_segment (`tuple` of `int`, *optional*): K of each video.
+        segment_seconds (`tuple` of `Tensor` of shape `(S_i, 2)` or `None`, *optional*): times, in seconds, of the
+            first and the last frame of each segment, where they are known.
         hidden_states, attentions (`tuple` of `Tensor`, on request): of the vision tower, layer by layer, the frames of
             all videos one after another.
     """
 
     local_features: tuple[Tensor, ...] | None = None
     global_features: Tensor | None = None
+    num_frames: tuple[int, ...] | None = None
+    duration: tuple[float | None, ...] | None = None
+    frames_per_segment: tuple[int, ...] | None = None
+    segment_seconds: tuple[Tensor | None, ...] | None = None
 
     def select(self, videos: Iterable[int]) -> "LongVLMVideoFeatures":
         """The features of the videos with these numbers, in this order; a number may come more than once."""
@@ -80,16 +91,48 @@ class LongVLMVideoFeatures(BaseModelOutputWithPooling):
             pooler_output=self.pooler_output and tuple(self.pooler_output[i] for i in videos),
             local_features=tuple(self.local_features[i] for i in videos),
             global_features=self.global_features[videos],
+            **{name: values and tuple(values[i] for i in videos) for name, values in video_facts(self).items()},
         )
 
     @classmethod
     def cat(cls, features: "Iterable[LongVLMVideoFeatures]") -> "LongVLMVideoFeatures":
-        """The videos of several outputs in one."""
+        """The videos of several outputs in one: what a question needs of them."""
         features = list(features)
+        facts: dict[str, tuple] = {}
+        for name in _FACTS:
+            values = [video_facts(one)[name] for one in features]
+            known = [value or (None,) * len(one.local_features) for value, one in zip(values, features, strict=True)]
+            facts[name] = sum(known, ()) if any(values) else None
         return cls(
             local_features=tuple(local for one in features for local in one.local_features),
             global_features=torch.cat([one.global_features for one in features]),
+            **facts,
         )
+
+    def detach(self) -> "LongVLMVideoFeatures":
+        """What a question needs, without a graph: local and global features, and what is known of the videos."""
+        return type(self)(
+            local_features=tuple(local.detach() for local in self.local_features),
+            global_features=self.global_features.detach(),
+            **video_facts(self),
+        )
+
+    def num_tokens(self, config: LongVLMConfig) -> list[int]:
+        """How many tokens each video gives the LLM."""
+        return [config.total_video_tokens(len(local)) for local in self.local_features]
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the local and global features."""
+        return sum(t.numel() * t.element_size() for t in (*self.local_features, self.global_features))
+
+
+_FACTS = ("num_frames", "duration", "frames_per_segment", "segment_seconds")
+
+
+def video_facts(features: Mapping) -> dict[str, tuple | None]:
+    """What features, or a mapping that stands for them, know of their videos beside the tokens."""
+    return {name: features.get(name) for name in _FACTS}
 
 
 @dataclass
@@ -174,6 +217,10 @@ class LongVLMPreTrainedModel(PreTrainedModel):
         """Encodes one video piece by piece; see [`LongVLMModel.encode_video`]."""
         return self.base_model.encode_video(pieces)
 
+    def start_video(self, frames_per_segment: int | None = None, **kwargs) -> LongVLMVideoState:
+        """A video that grows; see [`LongVLMModel.start_video`]."""
+        return self.base_model.start_video(frames_per_segment, **kwargs)
+
 
 class LongVLMModel(LongVLMPreTrainedModel):
     """Vision tower, token merging, projector and LLM, without a language modelling head.
@@ -185,7 +232,7 @@ class LongVLMModel(LongVLMPreTrainedModel):
     def __init__(self, config: LongVLMConfig):
         super().__init__(config)
         config.validate_method()
-        self.vision_tower = AutoModel.from_config(config.vision_config)
+        self.vision_tower = vision_encoder(config.vision_config).build(config.vision_config)
         self.multi_modal_projector = LongVLMMultiModalProjector(config)
         self.language_model = AutoModel.from_config(config.text_config)
         self.post_init()
@@ -240,13 +287,41 @@ class LongVLMModel(LongVLMPreTrainedModel):
             else output_hidden_states,
             "attentions": self.config.output_attentions if output_attentions is None else output_attentions,
         }
-        kept: dict[str, list] = {name: [] for name, want in wanted.items() if want}
-        encoded = [self._encode([video[:n]], kept) for video, n in zip(pixel_values_videos, num_frames, strict=True)]
-        local_features, global_features = zip(*encoded, strict=True)
-        features = self._project({"local_features": local_features, "global_features": torch.stack(global_features)})
-        for name, chunks in kept.items():
-            features[name] = tuple(map(torch.cat, zip(*chunks, strict=True)))
+        encoded = []
+        for video, frames in zip(pixel_values_videos, num_frames, strict=True):
+            state = self.start_video(self.config.segment_length(frames))
+            state.append(video[:frames])
+            encoded.append((*state.tokens(), state.frames_per_segment))
+        local_features, global_features, frames_per_segment = zip(*encoded, strict=True)
+        features = self.project_features(
+            local_features=local_features,
+            global_features=torch.stack(global_features),
+            num_frames=tuple(num_frames),
+            frames_per_segment=frames_per_segment,
+        )
+        if any(wanted.values()):
+            frames = torch.cat([video[:n] for video, n in zip(pixel_values_videos, num_frames, strict=True)])
+            for name, value in self._vision_outputs(frames, **wanted).items():
+                features[name] = value
         return features
+
+    def start_video(self, frames_per_segment: int | None = None, **kwargs) -> LongVLMVideoState:
+        """
+        A video that grows: append frames, read its features at any time.
+
+        Args:
+            frames_per_segment (`int`, *optional*): K; default: the configuration's.
+            kwargs: of [`LongVLMVideoState`].
+
+        Example:
+
+        ```python
+        >>> state = model.start_video()
+        >>> state.append(pixel_values)  # (frames, 3, H, W)
+        >>> features = state.features()
+        ```
+        """
+        return LongVLMVideoState(self, frames_per_segment, **kwargs)
 
     def encode_video(self, pieces: Iterable[Tensor]) -> LongVLMVideoFeatures:
         """
@@ -262,70 +337,28 @@ class LongVLMModel(LongVLMPreTrainedModel):
         Raises:
             ValueError: if there is not a single frame.
         """
-        local_features, global_features = self._encode(pieces, {})
-        return self._project({"local_features": (local_features,), "global_features": global_features[None]})
+        state = self.start_video()
+        for piece in pieces:
+            state.append(piece)
+        return state.features()
 
-    def _encode(self, pieces: Iterable[Tensor], kept: dict[str, list]) -> tuple[Tensor, Tensor]:
-        """Pieces `(frames, 3, H, W)` of a video -> its local features `(L, d)` and global features `(E, d)`."""
-        self.config.validate_method()  # options may have been changed since the model was made
-        k = self.config.frames_per_segment
-        merged: list[Tensor] = []
-        waiting: list[Tensor] = []  # patches of frames whose segment is not complete yet, (frames, N, d)
-        global_sum, num_frames = 0, 0
-        for chunk in (chunk for piece in pieces for chunk in piece.split(self.config.vision_chunk_frames)):
-            outputs = self._run_vision_tower(chunk, output_attentions="attentions" in kept)
-            for name, chunks in kept.items():
-                chunks.append(outputs[name])
-            patches, class_tokens = self._split_tokens(outputs.hidden_states)  # (c, N, d), (E, c, d)
-            # In float32: a sum over thousands of frames would lose its small terms in half precision.
-            global_sum = global_sum + class_tokens.float().sum(1)  # (E, d)
-            num_frames += len(chunk)
-            waiting.append(patches)
-            if sum(map(len, waiting)) >= k:
-                patches = torch.cat(waiting)
-                complete = len(patches) // k * k
-                merged.append(self._merge(patches[:complete].unflatten(0, (-1, k))))
-                # A copy: a view would keep the whole chunk alive.
-                waiting = [patches[complete:].clone()] if complete < len(patches) else []
-        if not num_frames:
-            raise ValueError("A video needs one frame at least; none was given.")
-        if waiting:
-            merged.append(self._merge(torch.cat(waiting)[None]))  # the last segment may be short
-        return torch.cat(merged), (global_sum / num_frames).to(patches.dtype)
+    def _vision_outputs(self, frames: Tensor, hidden_states: bool, attentions: bool) -> dict[str, tuple[Tensor, ...]]:
+        """Hidden states and attentions of the vision tower, layer by layer, for all frames `(T, 3, H, W)`."""
+        options = {"output_hidden_states": hidden_states, "output_attentions": attentions, "return_dict": True}
+        if "interpolate_pos_encoding" in inspect.signature(self.vision_tower.forward).parameters:
+            options["interpolate_pos_encoding"] = self.config.image_size is not None
+        chunks = [
+            self.vision_tower(frames_for(self.vision_tower, chunk, self.config), **options)
+            for chunk in frames.split(self.config.vision_chunk_frames)
+        ]
+        names = [name for name, want in (("hidden_states", hidden_states), ("attentions", attentions)) if want]
+        return {n: tuple(map(torch.cat, zip(*(chunk[n] for chunk in chunks), strict=True))) for n in names}
 
-    def _run_vision_tower(self, frames: Tensor, output_attentions: bool) -> BaseModelOutputWithPooling:
-        size = self.config.frame_size
-        if tuple(frames.shape[-2:]) != size:
-            # Some encoders (DINOv2) would take them, and give another number of patches.
-            raise ValueError(
-                f"The frames are {frames.shape[-2]} x {frames.shape[-1]} pixels, the configuration says {size[0]} x "
-                f"{size[1]}: let the video processor resize them, or set image_size."
-            )
-        tower, kwargs = self.vision_tower, {}
-        if "interpolate_pos_encoding" in inspect.signature(tower.forward).parameters:
-            # Else CLIP and its kin refuse frames of another size than they were trained on.
-            kwargs["interpolate_pos_encoding"] = self.config.image_size is not None
-        if output_attentions:
-            kwargs["output_attentions"] = True
-        frames = _to_device_of(tower, frames).to(tower.dtype)
-        return tower(frames, output_hidden_states=True, return_dict=True, **kwargs)
-
-    def _split_tokens(self, hidden_states: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        """Patch tokens `(c, N, d)` of the feature layer, and [CLS] tokens `(E, c, d)` of the last E hidden states."""
-        config = self.config
-        n, e, tokens = config.patches_per_frame, config.num_global_layers, hidden_states[-1].shape[1]
-        # [CLS] stands first and register tokens (DINOv2) follow it; patches come last. An encoder without [CLS]
-        # (SigLIP) has only patches: their mean stands for the frame.
-        patches = hidden_states[config.vision_feature_layer][:, -n:]  # (c, N, d)
-        frame_tokens = [h[:, 0] if tokens > n else h.mean(1) for h in hidden_states[len(hidden_states) - e :]]
-        class_tokens = torch.stack(frame_tokens) if e else patches.new_zeros(0, *patches.shape[::2])  # (E, c, d)
-        return patches, class_tokens
-
-    def _merge(self, segments: Tensor, **kwargs):
-        """`(S, K, N, d)` -> `(S * M, d)`, segment after segment; with `return_assignment` also `(S, K*N)`."""
+    def merge_segments(self, segments: Tensor) -> tuple[Tensor, Tensor]:
+        """`(S, K, N, d)` -> tokens `(S, M, d)`, and `(S, K * N)` int64: which of them each patch became part of."""
         config = self.config
         patches = segments.flatten(1, 2)  # (S, K*N, d)
-        merged = merge_tokens(
+        return merge_tokens(
             patches,
             num_tokens=min(config.tokens_per_segment, patches.shape[1]),
             schedule=config.merge_schedule,
@@ -333,9 +366,8 @@ class LongVLMModel(LongVLMPreTrainedModel):
             similarity=config.merge_similarity,
             order=config.merge_order,
             tokens_per_frame=segments.shape[2],
-            **kwargs,
-        )  # (S, M, d)
-        return (merged[0].flatten(0, 1), merged[1]) if kwargs.get("return_assignment") else merged.flatten(0, 1)
+            return_assignment=True,
+        )
 
     @torch.no_grad()
     def get_token_assignment(self, pixel_values: Tensor) -> Tensor:
@@ -348,15 +380,9 @@ class LongVLMModel(LongVLMPreTrainedModel):
         Returns:
             `(T, N)` int64: row numbers of the video's `local_features`.
         """
-        assignments, first = [], 0
-        for segment in pixel_values.split(self.config.frames_per_segment):
-            chunks = segment.split(self.config.vision_chunk_frames)
-            outputs = [self._run_vision_tower(chunk, output_attentions=False) for chunk in chunks]
-            patches = torch.cat([self._split_tokens(output.hidden_states)[0] for output in outputs])
-            merged, assignment = self._merge(patches[None], return_assignment=True)  # (M, d), (1, K*N)
-            assignments.append(assignment.view(len(segment), -1) + first)
-            first += len(merged)
-        return torch.cat(assignments)
+        state = self.start_video(self.config.segment_length(len(pixel_values)), keep_assignment=True)
+        state.append(pixel_values)
+        return state.assignment()
 
     def check_video_features(self, features: Mapping) -> Mapping:
         """`features`, if they are features of videos for this model.
@@ -378,11 +404,17 @@ class LongVLMModel(LongVLMPreTrainedModel):
                 )
         return features
 
-    def _project(self, features: Mapping) -> LongVLMVideoFeatures:
-        """Places the global tokens and projects. The projector is applied anew at each use, so it can be trained."""
+    def project_features(self, local_features, global_features: Tensor, **facts) -> LongVLMVideoFeatures:
+        """Places the global tokens and projects. The projector is applied anew at each use, so it can be trained.
+
+        Args:
+            local_features (sequence of `Tensor` of shape `(L_i, d)`), global_features (`Tensor` `(videos, E, d)`):
+                before the projector, on any device.
+            facts: fields of [`LongVLMVideoFeatures`] that are handed on as they are.
+        """
         projector = self.multi_modal_projector
-        local_features = tuple(_to_device_of(projector, local) for local in features["local_features"])
-        global_features = _to_device_of(projector, features["global_features"])
+        local_features = tuple(to_device_of(projector, local) for local in local_features)
+        global_features = to_device_of(projector, global_features)
         tokens = []
         for local, global_ in zip(local_features, global_features, strict=True):
             global_ = global_.to(local.dtype)
@@ -394,6 +426,7 @@ class LongVLMModel(LongVLMPreTrainedModel):
             pooler_output=projected,
             local_features=local_features,
             global_features=global_features,
+            **facts,
         )
 
     def get_placeholder_mask(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
@@ -435,7 +468,10 @@ class LongVLMModel(LongVLMPreTrainedModel):
         if pixel_values_videos is not None:
             video_features = self.get_video_features(pixel_values_videos, num_frames=num_frames, return_dict=True)
         elif video_features is not None:
-            video_features = self._project(self.check_video_features(video_features))
+            features = self.check_video_features(video_features)
+            video_features = self.project_features(
+                features["local_features"], features["global_features"], **video_facts(features)
+            )
 
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
@@ -571,9 +607,10 @@ class LongVLMForConditionalGeneration(LongVLMPreTrainedModel, GenerationMixin):
             features = self.model.check_video_features(features)
             # Without what the steps do not need: assisted decoding copies its arguments, and cannot copy graphs.
             kwargs["video_features"] = LongVLMVideoFeatures(
-                local_features=tuple(local.detach() for local in features["local_features"]),
-                global_features=features["global_features"].detach(),
-            )
+                local_features=tuple(features["local_features"]),
+                global_features=features["global_features"],
+                **video_facts(features),
+            ).detach()
         elif input_ids is not None and not kwargs.keys() & {"past_key_values", "cache"}:
             videos_per_prompt(self.model.get_placeholder_mask(input_ids, None), [])
         limit = getattr(self.config.text_config, "max_position_embeddings", None)
@@ -651,7 +688,7 @@ class LongVLMForConditionalGeneration(LongVLMPreTrainedModel, GenerationMixin):
         return input_ids, model_kwargs
 
     def _token_counts(self, features: Mapping) -> list[int]:
-        return [len(local) + self.config.num_global_tokens for local in features["local_features"]]
+        return [self.config.total_video_tokens(len(local)) for local in features["local_features"]]
 
 
 def videos_per_prompt(places: Tensor, token_counts: list[int]) -> list[int]:
@@ -683,12 +720,6 @@ def videos_per_prompt(places: Tensor, token_counts: list[int]) -> list[int]:
             "into the text once for each video."
         )
     return numbers
-
-
-def _to_device_of(module: nn.Module, tensor: Tensor) -> Tensor:
-    """`tensor` where `module` computes. Of a module that accelerate has offloaded its hook knows where that is."""
-    device = next(module.parameters()).device
-    return tensor if device.type == "meta" else tensor.to(device)
 
 
 def _output(kind: type, outputs: Mapping, **more):

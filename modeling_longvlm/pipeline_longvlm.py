@@ -6,12 +6,12 @@
 A second question about the same video neither decodes nor encodes it again (`feature_cache_longvlm.py`).
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from transformers import Pipeline
 
-from .feature_cache_longvlm import VideoFeatureCache, video_key
+from .engine_longvlm import LongVLMEngine
 
 # Options of a call that are the video processor's; all others are those of `generate()`.
 _VIDEO_OPTIONS = (
@@ -23,15 +23,12 @@ _VIDEO_OPTIONS = (
     "do_sample_frames",
     "video_metadata",
 )
-_DEFAULT_MAX_NEW_TOKENS = 256
 
 
-class _Video(NamedTuple):
-    """One video on its way: its name in the cache (`None`: it has none), and how it is read."""
+class _Question(NamedTuple):
+    """One conversation on its way through the pipeline, which would take a bare list for a batch."""
 
-    key: Any
-    source: Any
-    options: dict
+    messages: list[dict]
 
 
 class VideoQuestionAnsweringPipeline(Pipeline):
@@ -55,9 +52,14 @@ class VideoQuestionAnsweringPipeline(Pipeline):
         super().__init__(*args, **kwargs)
         if self.processor is None:
             raise ValueError(
-                "A pipeline made from a model object also needs its processor: pipeline(..., processor=...)."
+                "a pipeline made from a model object also needs its processor: pipeline(..., processor=...)"
             )
-        self.video_cache = VideoFeatureCache(video_cache_bytes)
+        self.engine = LongVLMEngine(self.model, self.processor, cache_bytes=video_cache_bytes)
+
+    @property
+    def video_cache(self):
+        """The engine's cache of features."""
+        return self.engine.cache
 
     def __call__(self, inputs=None, *, video=None, question=None, **kwargs):
         """
@@ -87,7 +89,7 @@ class VideoQuestionAnsweringPipeline(Pipeline):
         if inputs is None:
             inputs = _pair_up(video, question)
         elif video is not None or question is not None:
-            raise ValueError("Give inputs, or video= and question=, not both.")
+            raise ValueError("give inputs, or video and question, not both")
         if isinstance(inputs, list) and not inputs:
             return []
         return super().__call__(inputs, **kwargs)
@@ -96,117 +98,37 @@ class VideoQuestionAnsweringPipeline(Pipeline):
         self, return_full_text=None, system=None, chat_template=None, progress=None, generate_kwargs=None, **kwargs
     ):
         video_options = {name: kwargs.pop(name) for name in _VIDEO_OPTIONS if name in kwargs}
-        preprocess = {"system": system, "chat_template": chat_template, **video_options}
-        forward = {"progress": progress, **kwargs, **(generate_kwargs or {})}
-        postprocess = {"return_full_text": return_full_text}
+        preprocess = {"system": system, **video_options}
+        asked = {"progress": progress, "chat_template": chat_template, "return_full_text": return_full_text}
+        forward = {**asked, **kwargs, **(generate_kwargs or {})}
         return tuple(
             {name: value for name, value in params.items() if value is not None}
-            for params in (preprocess, forward, postprocess)
+            for params in (preprocess, forward, {})
         )
 
-    def preprocess(self, inputs: dict, system=None, chat_template=None, **video_options) -> dict:
+    def preprocess(self, inputs: dict, system=None, **video_options) -> dict:
         if not isinstance(inputs, dict) or not {"video", "question"} <= inputs.keys():
-            raise ValueError('An input must be a dict with "video" and "question", got ' + _describe(inputs) + ".")
+            raise ValueError('an input must be a dict with "video" and "question", got ' + _describe(inputs))
         video, question = inputs["video"], inputs["question"]
         if not isinstance(question, str):
-            raise ValueError(f"The question must be text (str), got {_describe(question)}.")
+            raise ValueError(f"the question must be text (str), got {_describe(question)}")
         if video is None:
-            raise ValueError("There is no video: video is None.")
+            raise ValueError("there is no video: video is None")
+        content = [{"type": "video", "video": video, **video_options}, {"type": "text", "text": question}]
+        messages: list[dict] = [{"role": "system", "content": system}] if system is not None else []
+        # The video is read by the engine, piece by piece: all frames of a long one would fill the memory.
+        return {"question": _Question([*messages, {"role": "user", "content": content}])}
 
-        conversation = [{"role": "system", "content": system}] if system is not None else []
-        content = [{"type": "video"}, {"type": "text", "text": question}]
-        conversation.append({"role": "user", "content": content})
-        options = {} if chat_template is None else {"chat_template": chat_template}
-        prompt = self.processor.apply_chat_template(
-            conversation, add_generation_prompt=True, tokenize=False, **options
-        )
-        # The video is read in `_forward`, piece by piece: all frames of a long one would fill the memory.
-        key = video_key(video)
-        if key is not None:
-            # The same file seen by other settings is another video.
-            key = (key, repr(video_options), self.processor.video_processor.to_json_string(), self._method())
-        return {"prompt": prompt, "video": _Video(key, video, video_options)}
+    def _forward(self, model_inputs: dict, **options) -> dict:
+        questions = model_inputs["question"]
+        batched = not isinstance(questions, _Question)  # the base class hands over a single input as it is
+        options.pop("return_dict_in_generate", None)  # what the engine needs, it asks for
+        conversations = [question.messages for question in (questions if batched else [questions])]
+        answers = self.engine.generate(conversations, **options)
+        return {"answer": answers} if batched else {"answer": answers[0]}
 
-    def _method(self) -> str:
-        """All settings of the model that its features depend on."""
-        config = self.model.config.to_dict()
-        config.pop("text_config", None)
-        return f"{self.model.dtype} {sorted(config.items(), key=lambda item: item[0])}"
-
-    def _forward(self, model_inputs: dict, progress=None, **generate_kwargs) -> dict:
-        prompts, videos = model_inputs["prompt"], model_inputs["video"]
-        batched = isinstance(prompts, list)  # the base class hands over a single input as it is
-        prompts, videos = (prompts, videos) if batched else ([prompts], [videos])
-
-        features = self._features([_Video(*video) for video in videos], progress)
-        global_tokens = self.model.config.num_global_tokens
-        inputs = self.processor(
-            text=prompts,
-            num_video_tokens=[len(local) + global_tokens for local in features.local_features],
-            padding=True,
-            return_tensors="pt",
-        ).to(self.model.device)
-
-        settings = self.model.generation_config
-        if not generate_kwargs.keys() & {"max_new_tokens", "max_length", "generation_config"}:
-            if settings.max_new_tokens is None:
-                generate_kwargs["max_new_tokens"] = _DEFAULT_MAX_NEW_TOKENS
-        if settings.pad_token_id is None:
-            generate_kwargs.setdefault("pad_token_id", self.processor.tokenizer.pad_token_id)
-        generate_kwargs["return_dict_in_generate"] = False
-        generated = self.model.generate(**inputs, video_features=features, **generate_kwargs)
-
-        each = len(generated) // len(prompts)  # num_return_sequences
-        generated = generated.view(len(prompts), each, -1).tolist()
-        length = inputs["input_ids"].shape[1]
-        outputs = {"token_ids": generated, "prompt_length": [length] * len(prompts)}
-        return outputs if batched else {name: value[0] for name, value in outputs.items()}
-
-    def _features(self, videos: list[_Video], progress):
-        """Of all videos in one; each is read and encoded once, whatever the cache holds."""
-        known: dict[Any, Any] = {}
-        features = []
-        for video in videos:
-            one = known.get(video.key) or self.video_cache.get(video.key) or self._encode(video, progress)
-            self.video_cache.put(video.key, one)
-            if video.key is not None:
-                known[video.key] = one
-            features.append(one)
-        return type(features[0]).cat(features)
-
-    def _encode(self, video: _Video, progress):
-        options = dict(video.options)
-        total = encoded = 0
-
-        def on_read(done, all_frames):
-            nonlocal total
-            total = all_frames
-            progress("decode", done, total)
-
-        def on_encoded(tower, args, output):
-            nonlocal encoded
-            encoded += len(output[0])
-            progress("encode", encoded, total)
-
-        if progress is None:
-            return self._encode_pieces(video.source, options)
-        hook = self.model.base_model.vision_tower.register_forward_hook(on_encoded)
-        try:
-            return self._encode_pieces(video.source, {**options, "progress": on_read})
-        finally:
-            hook.remove()
-
-    def _encode_pieces(self, source, options: dict):
-        features = self.model.encode_video(self.processor.video_processor.iter_pixel_values(source, **options))
-        return type(features).cat([features])  # what a question needs, and no more
-
-    def postprocess(self, model_outputs: dict, return_full_text: bool = False) -> dict:
-        start = 0 if return_full_text else model_outputs["prompt_length"]
-        answers = [
-            self.processor.tokenizer.decode(ids[start:], skip_special_tokens=True).strip()
-            for ids in model_outputs["token_ids"]
-        ]
-        return {"answer": answers[0] if len(answers) == 1 else answers}
+    def postprocess(self, model_outputs: dict) -> dict:
+        return {"answer": model_outputs["answer"]}
 
     def _ensure_tensor_on_device(self, inputs, device):
         # Frames stay where they are: the model takes a few at a time to its own device.
@@ -232,7 +154,7 @@ def _pair_up(video, question) -> dict | list[dict]:
     if len(videos) != len(questions):
         raise ValueError(
             f"{len(videos)} videos and {len(questions)} questions were given: give one question for each video, one "
-            "video, or one question."
+            "video, or one question"
         )
     return [{"video": one, "question": text} for one, text in zip(videos, questions, strict=True)]
 

@@ -9,7 +9,7 @@ Unusual: text from a person (the content of a chat) is never searched for specia
 import re
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral
-from typing import Any
+from typing import Any, NamedTuple
 
 from tokenizers import AddedToken
 from transformers.feature_extraction_utils import BatchFeature
@@ -26,6 +26,13 @@ logger = logging.get_logger(__name__)
 # In the order in which the released code adds them, so that the ids are the same.
 VIDEO_TOKEN, VIDEO_START_TOKEN, VIDEO_END_TOKEN = VIDEO_TOKENS = ("<vid_patch>", "<vid_start>", "<vid_end>")
 VIDEO_ALIAS = "<video>"  # how the released code's data files mark a video
+
+
+class VideoPart(NamedTuple):
+    """A video of a conversation (`None`: a place without one), and the options that stand beside it."""
+
+    video: Any
+    options: dict[str, Any]
 
 
 class LongVLMProcessor(ProcessorMixin):
@@ -45,6 +52,7 @@ class LongVLMProcessor(ProcessorMixin):
         tokens_per_segment (`int`): tokens that a segment is merged to (M); a segment of fewer patches keeps them all.
         num_global_tokens (`int`): global tokens of a video (E); 0 if the model uses none.
         patches_per_frame (`int`): patches of a frame (N).
+        video_delimiters (`bool`): whether `<vid_start>` and `<vid_end>` stand around a video's tokens.
     """
 
     def __init__(
@@ -56,6 +64,7 @@ class LongVLMProcessor(ProcessorMixin):
         tokens_per_segment=30,
         num_global_tokens=5,
         patches_per_frame=256,
+        video_delimiters=True,
     ):
         if tokenizer is None:
             raise ValueError("LongVLMProcessor needs a tokenizer, e.g. AutoTokenizer.from_pretrained(...)")
@@ -69,6 +78,9 @@ class LongVLMProcessor(ProcessorMixin):
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"{name}={value!r} must be a whole number of at least {least}")
             setattr(self, name, value)
+        if not isinstance(video_delimiters, bool):
+            raise ValueError(f"video_delimiters={video_delimiters!r} must be True or False")
+        self.video_delimiters = video_delimiters
         _prepare_tokenizer(tokenizer)
         if chat_template is None:
             chat_template = getattr(tokenizer, "chat_template", None) or DEFAULT_CHAT_TEMPLATE
@@ -78,6 +90,31 @@ class LongVLMProcessor(ProcessorMixin):
             video_processor = LongVLMVideoProcessor()
         self.video_token, self.video_start_token, self.video_end_token = VIDEO_TOKENS
         super().__init__(video_processor, tokenizer, chat_template=chat_template)
+
+    @classmethod
+    def from_config(cls, config, tokenizer, video_processor=None, **kwargs) -> "LongVLMProcessor":
+        """
+        The processor for a model: how many tokens a video has is the model's to say.
+
+        Args:
+            config: the model's `LongVLMConfig`.
+            tokenizer: the LLM's.
+            video_processor (`LongVLMVideoProcessor`, *optional*): default: one whose frames have the model's size.
+            kwargs: further arguments of the class, such as `chat_template`.
+        """
+        if video_processor is None:
+            height, width = config.frame_size
+            video_processor = LongVLMVideoProcessor(size={"height": height, "width": width})
+        return cls(
+            video_processor=video_processor,
+            tokenizer=tokenizer,
+            frames_per_segment=config.frames_per_segment,
+            tokens_per_segment=config.tokens_per_segment,
+            num_global_tokens=config.num_global_tokens,
+            patches_per_frame=config.patches_per_frame,
+            video_delimiters=getattr(config, "video_delimiters", True),
+            **kwargs,
+        )
 
     @property
     def video_token_id(self) -> int:
@@ -93,14 +130,31 @@ class LongVLMProcessor(ProcessorMixin):
 
     # --- how many tokens ---
 
+    # The rule is the model's (`LongVLMConfig`). It stands here once more since a processor travels without the model;
+    # everybody else asks one of the two.
+
+    def segment_length(self, num_frames: int) -> int:
+        """K for a video of `num_frames` frames."""
+        return self.frames_per_segment
+
     def num_video_tokens(self, num_frames: int) -> int:
         """Tokens of a video of `num_frames` frames, without `<vid_start>` and `<vid_end>`."""
         if num_frames < 1:
             raise ValueError(f"num_frames={num_frames}: a video has at least 1 frame")
-        full, rest = divmod(int(num_frames), self.frames_per_segment)
-        segments = [self.frames_per_segment] * full + [rest] * (rest > 0)
-        local = sum(min(self.tokens_per_segment, frames * self.patches_per_frame) for frames in segments)
-        return self.num_global_tokens + local
+        k = self.segment_length(int(num_frames))
+        full, rest = divmod(int(num_frames), k)
+        segments = [k] * full + [rest] * (rest > 0)
+        return self.total_video_tokens(
+            sum(min(self.tokens_per_segment, frames * self.patches_per_frame) for frames in segments)
+        )
+
+    def total_video_tokens(self, num_local_tokens: int) -> int:
+        """Tokens of a video of `num_local_tokens` merged tokens: the global ones come to them."""
+        return num_local_tokens + self.num_global_tokens
+
+    def count_video_tokens(self, video_features: Mapping) -> list[int]:
+        """Tokens of each video whose features these are (a mapping with `local_features`, `(L, d)` each)."""
+        return [self.total_video_tokens(len(local)) for local in video_features["local_features"]]
 
     def replace_video_token(self, video_inputs: Mapping, video_idx: int, **kwargs) -> str:
         """What stands in the prompt for video `video_idx` of the video processor's output."""
@@ -109,7 +163,8 @@ class LongVLMProcessor(ProcessorMixin):
         return self._video_text(self.num_video_tokens(int(num_frames)))
 
     def _video_text(self, count: int) -> str:
-        return self.video_start_token + self.video_token * count + self.video_end_token
+        tokens = self.video_token * count
+        return self.video_start_token + tokens + self.video_end_token if self.video_delimiters else tokens
 
     def _get_num_multimodal_tokens(self, image_sizes=None, video_sizes=None, **kwargs) -> MultiModalData:
         """For servers. `video_sizes`: `(frames, height, width)` each. They ask about images too: no tokens."""
@@ -129,7 +184,8 @@ class LongVLMProcessor(ProcessorMixin):
         videos=None,
         num_video_tokens: int | Sequence[int] | None = None,
         *,
-        progress: Callable[[int, int], None] | None = None,
+        video_features: Mapping | None = None,
+        progress: Callable[[str, int, int], None] | None = None,
         **kwargs,
     ) -> BatchFeature:
         r"""
@@ -143,7 +199,9 @@ class LongVLMProcessor(ProcessorMixin):
                 text without video). What a video may be: see `LongVLMVideoProcessor`.
             num_video_tokens (`int` or a sequence of them):
                 Instead of `videos`, where their features were encoded before: the number of tokens of each.
-            progress: called as `progress(done, total)` while frames are decoded.
+            video_features (`Mapping`):
+                Instead of `num_video_tokens`: these features (`local_features`), to be counted.
+            progress: called as `progress("decode", done, total)` while frames are decoded.
             kwargs:
                 Options of the tokenizer (`padding`, `truncation`, `return_tensors`...) and of the video processor
                 (`num_frames`, `fps`...). With `return_tensors` several texts are padded unless `padding` says
@@ -161,6 +219,10 @@ class LongVLMProcessor(ProcessorMixin):
                 raise ValueError(f"LongVLM takes text and videos, no {name}; remove {name}=")
         for name in ("load_audio_from_video", "sanitize_control_tokens"):
             kwargs.pop(name, None)
+        if video_features is not None:
+            if num_video_tokens is not None:
+                raise ValueError("video_features and num_video_tokens exclude each other; pass one of them")
+            num_video_tokens = self.count_video_tokens(video_features)
         texts = None if text is None else _as_texts(text)
         rows = _videos_per_text(videos, texts)
         videos = _drop_empty_rows(videos)
@@ -212,7 +274,7 @@ class LongVLMProcessor(ProcessorMixin):
     def _one_token_per_video(self, text: str) -> str:
         """`<video>`, and a place that already has its start and end, become the bare `<vid_patch>`."""
         text = text.replace(VIDEO_ALIAS, self.video_token)
-        return text.replace(self._video_text(1), self.video_token)
+        return text.replace(self.video_start_token + self.video_token + self.video_end_token, self.video_token)
 
     def _check_places(self, texts: list[str], num_videos: int, rows: list[int] | None):
         places = [sample.count(self.video_token) for sample in texts]
@@ -358,6 +420,50 @@ class LongVLMProcessor(ProcessorMixin):
             out.update(BatchFeature({"assistant_masks": masks}, tensor_type=call_kwargs.get("return_tensors")))
         return out if return_dict else out["input_ids"]
 
+    def take_videos(self, messages) -> tuple[list[dict], list[VideoPart]]:
+        """
+        Separates a conversation from its videos.
+
+        Args:
+            messages: list of messages, as for `apply_chat_template`. A video part may hold options of the video
+                processor beside the video: `{"type": "video", "video": "film.mp4", "num_frames": 50}`.
+
+        Returns:
+            The same messages with bare places, `{"type": "video"}`, and the videos in order. A place that was bare
+            before gives `VideoPart(None, {})`.
+
+        Raises:
+            ValueError: a part of another kind, or an option that the video processor does not have.
+        """
+        taken: list[VideoPart] = []
+        bare: list[dict] = []
+        for message in getattr(messages, "messages", messages):
+            if not isinstance(message, Mapping) or "role" not in message:
+                raise ValueError(f'a message must be a dict with "role" and "content", not {message!r:.80}')
+            content = message.get("content")
+            if isinstance(content, (list, tuple)):
+                parts: list[Any] = []
+                for part in content:
+                    kind, value = _read_part(part)
+                    if kind == "video":
+                        taken.append(VideoPart(value, self._video_options(part)))
+                        part = {"type": "video"}
+                    parts.append(part)
+                message = {**message, "content": parts}
+            bare.append(dict(message))
+        return bare, taken
+
+    def _video_options(self, part: Mapping) -> dict[str, Any]:
+        options = {name: value for name, value in part.items() if name not in _VIDEO_PART_KEYS and value is not None}
+        known = self.video_processor.valid_kwargs.__annotations__.keys() | {"video_metadata"}
+        unknown = [name for name in options if name not in known]
+        if unknown:
+            raise ValueError(
+                f'a video part has the key "{unknown[0]}", which is no option of the video processor; options are '
+                "num_frames, fps, max_frames..."
+            )
+        return options
+
     def _find_template(self, name: str | None) -> str:
         known = self.chat_template if isinstance(self.chat_template, dict) else {"default": self.chat_template}
         if name is None:
@@ -413,6 +519,7 @@ class LongVLMProcessor(ProcessorMixin):
         return "\n".join(self.video_token if p is None else escape(p, special_strings) for p in pieces)
 
 
+_VIDEO_PART_KEYS = {"type", "video", "path", "url", "video_url"}
 _EXTRA_OUTPUTS = ("return_mm_token_type_ids", "return_text_replacement_offsets")
 
 

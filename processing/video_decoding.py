@@ -93,7 +93,7 @@ def decode_video(video, sample_indices_fn=None, *, transform=None, backend=None,
             LONGVLM_VIDEO_BACKEND, or `"auto"`. Frame numbers and times come from PyAV's index for both; where
             torchcodec gives another frame than the index says (MPEG-TS) or fails, PyAV decodes.
         num_workers: readers at work at a time; default 2.
-        progress: called as `progress(done, total)` after each frame, by one thread at a time.
+        progress: called as `progress("decode", done, total)` after each frame, by one thread at a time.
     Returns:
         `DecodedVideo(frames, metadata)`. Where a part of the video cannot be read, the frames that can be are
         returned, a `VideoDecodeWarning` says how many, and `metadata.frames_indices` names them: none is repeated.
@@ -176,7 +176,7 @@ class _Job:
     def count(self, frames: int) -> None:
         self.done += frames
         if self.progress:
-            self.progress(self.done, self.total)
+            self.progress("decode", self.done, self.total)
 
 
 # --- pictures ---

@@ -9,7 +9,7 @@ Frame rule: the released code's, at the middle of equal ranges of the video (pap
 
 import copy
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from transformers.processing_utils import VideosKwargs
 from transformers.video_processing_utils import BaseVideoProcessor
 
 from .video_decoding import DecodedVideo, FrameMetadata, decode_video, iter_video
-from .video_sources import picture_to_rgb, read_picture
+from .video_sources import VideoSource, open_source, picture_to_rgb, read_picture
 
 PRESETS = {
     "clip": {"do_center_crop": True, "resample": PILImageResampling.BICUBIC},
@@ -40,6 +40,21 @@ class LongVLMVideosKwargs(VideosKwargs, total=False):  # type: ignore[call-arg]
     short_video: str | None
     shortest_edge: int | None
     decoding_backend: str | None
+
+
+class VideoPiece(NamedTuple):
+    """
+    Frames of a video that were read together.
+
+    Args:
+        pixel_values (`torch.Tensor` of shape `(frames, 3, H, W)`): float32, ready for the vision encoder.
+        timestamps (`list[float]`, *optional*): the time of each frame in seconds, where it is known.
+        duration (`float`, *optional*): length of the whole video in seconds, where it is known.
+    """
+
+    pixel_values: torch.Tensor
+    timestamps: list[float] | None
+    duration: float | None
 
 
 class LongVLMVideoProcessor(BaseVideoProcessor):
@@ -187,7 +202,7 @@ class LongVLMVideoProcessor(BaseVideoProcessor):
                 of pictures, a list of frames (Pillow, NumPy, torch; any size, also grey or RGBA, alpha is
                 dropped), or an array `(T, H, W, C)`, `(T, C, H, W)` or, grey, `(T, H, W)`. A 5D array is a batch.
                 Pixel values are 0 to 255; floats that all lie within 0 to 1 are taken as already rescaled.
-            progress: called as `progress(done, total)` with the frames read of the video at work.
+            progress: called as `progress("decode", done, total)` with the frames read of the video at work.
             video_metadata: of each video that is given as frames: its own `fps`, `total_num_frames`, and in
                 `frames_indices` where the frames given come from. A dict or `VideoMetadata`, or a list of them.
             kwargs: any option of the processor; `num_frames` and `fps` exclude each other.
@@ -217,9 +232,12 @@ class LongVLMVideoProcessor(BaseVideoProcessor):
             features["video_metadata"] = [video.metadata for video in decoded]
         return features
 
-    def iter_pixel_values(
-        self, video, *, frames_per_piece: int = 128, progress=None, **kwargs
-    ) -> Iterator[torch.Tensor]:
+    def iter_pixel_values(self, video, **kwargs) -> Iterator[torch.Tensor]:
+        """The `pixel_values` of `iter_pieces`, which see: float32 `(frames, 3, H, W)`."""
+        for piece in self.iter_pieces(video, **kwargs):
+            yield piece.pixel_values
+
+    def iter_pieces(self, video, *, frames_per_piece: int = 128, progress=None, **kwargs) -> Iterator[VideoPiece]:
         """
         One video piece by piece, for a video of any length in constant memory: the pieces together are what
         `preprocess` gives for it.
@@ -229,7 +247,7 @@ class LongVLMVideoProcessor(BaseVideoProcessor):
             frames_per_piece: the most frames of a piece.
             progress, kwargs: as in `preprocess`.
         Yields:
-            float32 `(frames, 3, H, W)`.
+            `VideoPiece`.
         Raises:
             VideoDecodeError: the video cannot be read.
         """
@@ -240,7 +258,18 @@ class LongVLMVideoProcessor(BaseVideoProcessor):
         sources = flatten_videos([video])
         (metadata,) = _match_metadata(metadata, len(sources))
         for piece in self._load(sources[0], metadata, options, progress, frames_per_piece):
-            yield self._stack([piece], len(piece.frames), options)[0]
+            pixel_values = self._stack([piece], len(piece.frames), options)[0]
+            yield VideoPiece(pixel_values, piece.metadata.timestamps, piece.metadata.duration)
+
+    def open_video(self, video) -> VideoSource:
+        """
+        Opens a video that is not given as frames; from an address it is downloaded. What comes back may be given in
+        its place to `iter_pieces`, any number of times, until it is closed (a context manager).
+
+        Raises:
+            VideoDecodeError: there is no such video.
+        """
+        return open_source(video)
 
     def fetch_videos(self, video_url_or_urls, sample_indices_fn=None):
         """Decode one video or a list of them: `(uint8 (T, 3, H, W), FrameMetadata)`, or a list of each."""
@@ -299,7 +328,7 @@ class LongVLMVideoProcessor(BaseVideoProcessor):
                 piece.frames_indices = source.frames_indices[start : start + size]
             resized = {i: resize(_to_rgb(frames[i], options["input_data_format"], scale)) for i in set(taken)}
             if progress is not None:
-                progress(start + len(taken), len(positions))
+                progress("decode", start + len(taken), len(positions))
             yield DecodedVideo([resized[i] for i in taken], piece)
 
     def _resize_frame(self, frame: torch.Tensor, options: dict) -> torch.Tensor:

@@ -5,6 +5,7 @@ readers may work on one video. Nothing here decodes video; pictures in a directo
 What cannot be opened ends in one `VideoDecodeError` line that names the video and the reason.
 """
 
+import hashlib
 import io
 import os
 import re
@@ -61,6 +62,16 @@ class VideoSource:
             return os.path.getsize(self.path)
         return len(self.data) if self.data is not None else self.file.seek(0, io.SEEK_END)
 
+    def digest(self) -> bytes:
+        """Tells the video by its content; not of a directory."""
+        if self.data is not None:
+            return hashlib.blake2b(self.data).digest()
+        if self.path is None:
+            self.file.seek(0)
+            return hashlib.file_digest(self.file, "blake2b").digest()
+        with open(self.path, "rb") as file:
+            return hashlib.file_digest(file, "blake2b").digest()
+
     def open(self):
         """What a decoder takes: a path or a binary file object that stands at its start."""
         if self.path is not None:
@@ -93,10 +104,12 @@ def open_source(video) -> VideoSource:
 
     Args:
         video: a path (`str`, `os.PathLike`) of a file or a directory of pictures; a URL (http, https, file,
-            data); the file's bytes; or a binary file object.
+            data); the file's bytes; a binary file object; or a `VideoSource`, which stays its opener's to close.
     Raises:
         VideoDecodeError: no such file, empty, unreachable, or not one of these types.
     """
+    if isinstance(video, VideoSource):
+        return VideoSource(video.name, path=video.path, data=video.data, file=video.file)
     if isinstance(video, (bytes, bytearray, memoryview)):
         source = VideoSource(f"<{len(video)} bytes>", data=bytes(video))
     elif hasattr(video, "read"):

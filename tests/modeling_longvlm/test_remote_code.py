@@ -22,6 +22,7 @@ CODE = {
     "animated_pictures.py",
     "chat_templates_longvlm.py",
     "configuration_longvlm.py",
+    "engine_longvlm.py",
     "feature_cache_longvlm.py",
     "modeling_longvlm.py",
     "pipeline_longvlm.py",
@@ -32,6 +33,8 @@ CODE = {
     "video_index.py",
     "video_processing_longvlm.py",
     "video_sources.py",
+    "video_state_longvlm.py",
+    "vision_tower_longvlm.py",
 }
 
 WITHOUT_PACKAGE = """

@@ -318,7 +318,9 @@ def test_http_urls_are_downloaded_and_cleaned_up(container_file, tmp_path, monke
 
 def test_progress_is_reported(container_file):
     seen = []
-    decode_video(container_file("mp4"), take(1, 50, 100), progress=lambda done, total: seen.append((done, total)))
+    decode_video(
+        container_file("mp4"), take(1, 50, 100), progress=lambda stage, done, total: seen.append((done, total))
+    )
     assert sorted(seen) == [(1, 3), (2, 3), (3, 3)]
 
 

@@ -356,7 +356,7 @@ def test_sound_is_ignored(video_file):
 
 def test_progress_counts_decoded_frames(video_file):
     seen = []
-    LongVLMVideoProcessor(num_frames=5)(video_file, progress=lambda done, total: seen.append((done, total)))
+    LongVLMVideoProcessor(num_frames=5)(video_file, progress=lambda stage, done, total: seen.append((done, total)))
     assert sorted(seen) == [(i, 5) for i in range(1, 6)]
 
 
@@ -422,7 +422,7 @@ def test_pieces_follow_the_options_and_tell_progress(video_file, uneven_file, op
         report = {"progress": lambda *step: told.append(step)}  # noqa: B023
         pieces = list(processor.iter_pixel_values(video, frames_per_piece=6, **report, **options))
         assert torch.equal(torch.cat(pieces), whole)
-        assert told[-1] == (len(whole), len(whole)) and told == sorted(told)
+        assert told[-1] == ("decode", len(whole), len(whole)) and told == sorted(told)
 
 
 def test_a_video_may_be_left_after_a_piece(video_file):

@@ -1,0 +1,530 @@
+"""The engine: a model, its processor and a cache of video features. Chat messages go in, answers come out.
+
+    engine = LongVLMEngine(model, processor)        # or longvlm.load(folder)
+    engine.generate([{"role": "user", "content": [{"type": "video", "video": "film.mp4"},
+                                                  {"type": "text", "text": "Who opens the door?"}]}])
+
+Everybody who asks a model goes through here: the pipeline, the command line, evaluation, a server. So this is the one
+place that encodes videos for questions, counts their tokens, builds prompts, runs the LLM and decodes what it says.
+Unusual: a video is encoded before the prompt is made, since its features say how many tokens stand in the prompt.
+"""
+
+import copy
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
+
+from .feature_cache_longvlm import VideoFeatureCache, video_key
+
+DEFAULT_MAX_NEW_TOKENS = 256
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass
+class Answer:
+    """
+    One answer, with what is known of it.
+
+    Args:
+        text (`str`): without special tokens, and without white space around it.
+        token_ids (`list[int]`): what was generated, up to and with the end token.
+        logprobs (`list[float]`): log-probability of each of these tokens under the model, before temperature and
+            other processing.
+        finish_reason (`str`): `"stop"`: the model ended it, or a stop string did; `"length"`: it is as long as was
+            allowed; `"cancelled"`: `should_stop` said so.
+        prompt_tokens (`int`): tokens of the prompt, its videos' included.
+    """
+
+    text: str
+    token_ids: list[int]
+    logprobs: list[float]
+    finish_reason: str
+    prompt_tokens: int
+
+
+class LongVLMEngine:
+    """
+    Args:
+        model: a `LongVLMForConditionalGeneration`.
+        processor: its `LongVLMProcessor`.
+        cache_bytes (`int`, defaults to 256 MiB): how much of the features of earlier videos is kept for further
+            questions; 0 keeps nothing. `engine.cache.clear()` forgets them.
+
+    Threads may share an engine. Each call runs the model itself: whoever wants requests in one batch gathers them.
+    """
+
+    def __init__(self, model, processor, *, cache_bytes: int = 256 << 20):
+        self.model = model
+        self.processor = processor
+        self.cache = VideoFeatureCache(cache_bytes)
+        # Tokenizers keep padding and truncation as state: two threads in one fail with "Already borrowed".
+        self._tokenizer_lock = threading.Lock()
+
+    # --- videos ---
+
+    @torch.no_grad()
+    def encode(self, video, *, progress: Progress | None = None, **video_options):
+        """
+        The features of one video: from the cache, or decoded and encoded piece by piece in constant memory.
+
+        Args:
+            video: anything the video processor takes (a path, URL, bytes, a directory of pictures, frames), or
+                features, which come back as they are.
+            progress: called as `progress(stage, done, total)` in frames, with `stage` `"decode"` or `"encode"`; not
+                called if the features are in the cache, or another thread is encoding the video.
+            video_options: of the video processor: `num_frames`, `fps`, `max_frames`, `short_video`...
+
+        Returns:
+            [`LongVLMVideoFeatures`] of one video. They may stand as `"video"` in messages.
+
+        Raises:
+            VideoDecodeError: the video cannot be read.
+        """
+        if _are_features(video):
+            if video_options:
+                raise ValueError(f"{', '.join(video_options)} cannot be applied to features that were encoded before")
+            return self.model.base_model.check_video_features(video)
+        settings = repr(sorted(video_options.items())), self.processor.video_processor.to_json_string(), self._method()
+        if not _is_address(video):
+            key = video_key(video, *settings)
+            return self.cache.get_or_make(key, lambda: self._encode(video, video_options, progress))
+        # What came from there says which video it is: tomorrow the same address may hold another one.
+        with self.processor.video_processor.open_video(video) as source:
+            key = video_key(source.path if not source.temporary and source.path else source.digest(), *settings)
+            return self.cache.get_or_make(key, lambda: self._encode(source, video_options, progress))
+
+    def _encode(self, video, video_options: dict, progress: Progress | None):
+        model, total, encoded = self.model.base_model, 0, 0
+
+        def on_decoded(stage: str, done: int, all_frames: int) -> None:
+            nonlocal total
+            total = all_frames
+            if progress is not None:
+                progress(stage, done, all_frames)
+
+        state = model.start_video()
+        pieces = self.processor.video_processor.iter_pieces(video, progress=on_decoded, **video_options)
+        for piece in pieces:
+            state.duration = piece.duration
+            for start in range(0, len(piece.pixel_values), model.config.vision_chunk_frames):
+                chunk = slice(start, start + model.config.vision_chunk_frames)
+                frames = piece.pixel_values[chunk]
+                state.append(frames, piece.timestamps and piece.timestamps[chunk])
+                encoded += len(frames)
+                if progress is not None:
+                    progress("encode", encoded, max(total, encoded))
+        return state.features().detach()
+
+    def _method(self) -> str:
+        """All settings of the model that features depend on."""
+        config = self.model.config.to_dict()
+        config.pop("text_config", None)
+        return f"{self.model.dtype} {sorted(config.items(), key=lambda item: item[0])}"
+
+    # --- answers ---
+
+    def generate(
+        self,
+        messages: Sequence,
+        *,
+        max_new_tokens: int | None = None,
+        return_details: bool = False,
+        return_full_text: bool = False,
+        should_stop: Callable[[], bool] | None = None,
+        progress: Progress | None = None,
+        chat_template: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        **generate_kwargs,
+    ):
+        """
+        Answers one conversation, or a batch of them.
+
+        Args:
+            messages: a conversation, `[{"role": ..., "content": ...}, ...]`, of one turn or several, with any number
+                of videos; or a list of conversations, which go through the LLM together. Content is text or a list of
+                parts, `{"type": "text", "text": ...}` and `{"type": "video", "video": ...}`; options of the video
+                processor stand in the part (`"num_frames": 50`). If the last message is the assistant's, the model
+                continues it.
+            max_new_tokens (`int`, *optional*): longest answer; default: what the model's generation
+                configuration says, else 256.
+            return_details (`bool`): give [`Answer`] instead of text.
+            return_full_text (`bool`): the text has the prompt before the answer.
+            should_stop: asked before each piece of video and each token; once it says True, what is there is returned.
+            progress: as in `encode`.
+            chat_template (`str`, *optional*): another chat template, or the name of a built-in one.
+            chat_template_kwargs (`dict`, *optional*): variables of the chat template.
+            generate_kwargs: of `model.generate()`: `do_sample`, `temperature`, `num_beams`, `stop_strings`...
+
+        Returns:
+            The answer, `str` or [`Answer`]; for a batch a list of them. With `num_return_sequences` above 1 each
+            answer is a list.
+
+        Raises:
+            ValueError: messages of another form.
+            VideoDecodeError: a video cannot be read.
+        """
+        conversations, is_batch = _as_conversations(messages)
+        if max_new_tokens is not None:
+            generate_kwargs["max_new_tokens"] = max_new_tokens
+        try:
+            prompt = self._prepare(conversations, progress, should_stop, chat_template, chat_template_kwargs)
+        except _Stopped:
+            answers = [[Answer("", [], [], "cancelled", 0)] for _ in conversations]
+        else:
+            answers = self._answer(prompt, should_stop, generate_kwargs, return_details, return_full_text)
+        results = [several if return_details else [answer.text for answer in several] for several in answers]
+        results = [several[0] if len(several) == 1 else several for several in results]
+        return results if is_batch else results[0]
+
+    def stream(self, messages: Sequence, **options) -> Iterator[str]:
+        """
+        Answers one conversation bit by bit; together the bits are what `generate` gives.
+
+        The model runs in a thread of its own. Closing the iterator, or dropping it, stops the generation, also while
+        the video is still being encoded.
+
+        Args:
+            messages: one conversation, as in `generate`.
+            options: as in `generate`; one answer, no beams.
+        """
+        conversations, is_batch = _as_conversations(messages)
+        if is_batch:
+            raise ValueError(f"stream answers one conversation at a time, got a list of {len(conversations)}")
+        if options.get("num_beams", 1) > 1 or options.get("num_return_sequences", 1) > 1:
+            raise ValueError("stream gives one answer without beams; leave num_beams and num_return_sequences out")
+        return self._stream(conversations[0], options)
+
+    def _stream(self, messages: list[dict], options: dict) -> Iterator[str]:
+        streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        closed, failure = threading.Event(), []
+        asked_to_stop = options.pop("should_stop", None)
+
+        def run() -> None:
+            try:
+                self.generate(
+                    messages,
+                    streamer=streamer,
+                    should_stop=lambda: closed.is_set() or (asked_to_stop is not None and asked_to_stop()),
+                    **options,
+                )
+            except BaseException as error:
+                failure.append(error)
+            finally:
+                streamer.text_queue.put(streamer.stop_signal)  # also where generation never began
+
+        thread = threading.Thread(target=run, name="longvlm-stream", daemon=True)
+        thread.start()
+        try:
+            started, space = False, ""
+            for text in streamer:
+                # White space around the answer is left out, as in `generate`; what is within waits for the next word.
+                text = space + text if started else text.lstrip()
+                word = text.rstrip()
+                space = text[len(word) :]
+                if word:
+                    started = True
+                    yield word
+        finally:
+            closed.set()
+            thread.join()
+        if failure:
+            raise failure[0]
+
+    @torch.no_grad()
+    def score_choices(
+        self,
+        messages: Sequence[Mapping],
+        choices: Sequence[str],
+        *,
+        progress: Progress | None = None,
+        chat_template: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[float]:
+        """
+        How likely each choice is as the assistant's answer: the sum of the log-probabilities of its tokens, up to and
+        with the end of the turn.
+
+        The tokens of a choice are those that the conversation with this answer, rendered and tokenized as a whole, has
+        beyond the generation prompt. What all choices share, the video above all, goes through the LLM once.
+
+        Args:
+            messages: a conversation that waits for an answer.
+            choices: the answers to compare.
+            progress, chat_template, chat_template_kwargs: as in `generate`.
+
+        Returns:
+            Log-likelihoods (natural logarithm), one for each choice.
+
+        Raises:
+            ValueError: no choices, or one that is not text; or a conversation that ends with the assistant's answer.
+        """
+        conversations, is_batch = _as_conversations(messages)
+        if is_batch:
+            raise ValueError(f"score_choices takes one conversation, got a list of {len(conversations)}")
+        messages = conversations[0]
+        choices = list(choices)
+        if not choices or not all(isinstance(choice, str) and choice.strip() for choice in choices):
+            raise ValueError(f"choices must be texts that are not empty, got {choices!r:.200}")
+        if messages[-1]["role"] == "assistant":
+            raise ValueError("the conversation ends with an answer; score_choices needs one that waits for it")
+        answered = [[*messages, {"role": "assistant", "content": choice}] for choice in choices]
+        template = chat_template, chat_template_kwargs
+        messages, features = self._take_features(messages, progress, None)
+        answered = [self.processor.take_videos(one)[0] for one in answered]
+        prompt_ids = self._token_ids(messages, features, template)
+        choice_ids = [self._token_ids(one, features, template) for one in answered]
+
+        starts = [max(_common_length(prompt_ids, ids), 1) for ids in choice_ids]
+        ends = [self._end_of_turn(ids, start) for ids, start in zip(choice_ids, starts, strict=True)]
+        for choice, start, end in zip(choices, starts, ends, strict=True):
+            if start == end:
+                raise ValueError(f"the chat template leaves nothing of the choice {choice!r:.80}")
+        shared = min(starts)
+        if self._num_placeholders(prompt_ids[:shared]) == self._num_placeholders(prompt_ids):
+            prefill = self._prefill(prompt_ids[:shared], features)
+            continuations = (
+                self._continue(prefill, ids[shared:end]) for ids, end in zip(choice_ids, ends, strict=True)
+            )
+        else:  # a template that writes something of the answer before the video
+            whole = (self._prefill(ids[:end], features, keep=end) for ids, end in zip(choice_ids, ends, strict=True))
+            shared, continuations = 1, (logits[0] for logits, _, _ in whole)
+        scores = []
+        for logits, ids, start, end in zip(continuations, choice_ids, starts, ends, strict=True):
+            # Row i of the logits predicts token shared + i.
+            targets = torch.tensor(ids[start:end], device=logits.device)
+            rows = logits[start - shared : end - shared].float().log_softmax(-1)
+            scores.append(rows.gather(-1, targets[:, None]).sum().item())
+        return scores
+
+    # --- from messages to the model's input ---
+
+    def _take_features(self, messages, progress, should_stop) -> tuple[list[dict], Any]:
+        """A conversation -> the same with bare places, and the features of its videos in one (`None`: no video)."""
+        messages, videos = self.processor.take_videos(messages)
+        features = []
+        for part in videos:
+            if part.video is None:
+                raise ValueError('a video part without a video: write {"type": "video", "video": ...}')
+            features.append(self.encode(part.video, progress=_stoppable(progress, should_stop), **part.options))
+        return messages, type(features[0]).cat(features) if features else None
+
+    def _prepare(self, conversations, progress, should_stop, chat_template, chat_template_kwargs) -> dict[str, Any]:
+        taken = [self._take_features(messages, progress, should_stop) for messages in conversations]
+        texts = [self._render(messages, chat_template, chat_template_kwargs) for messages, _ in taken]
+        with_video = [features for _, features in taken if features is not None]
+        features = type(with_video[0]).cat(with_video) if with_video else None
+        counts = [] if features is None else features.num_tokens(self.model.config)
+        with self._tokenizer_lock:
+            inputs = self.processor(
+                text=texts, num_video_tokens=counts, padding=True, padding_side="left", return_tensors="pt"
+            ).to(self.model.device)
+        return {**inputs} if features is None else {**inputs, "video_features": features}
+
+    def _render(self, messages, chat_template=None, chat_template_kwargs=None) -> str:
+        continues = messages[-1]["role"] == "assistant"
+        options = {} if chat_template is None else {"chat_template": chat_template}
+        return self.processor.apply_chat_template(
+            messages,
+            add_generation_prompt=not continues,
+            continue_final_message=continues,
+            tokenize=False,
+            **options,
+            **(chat_template_kwargs or {}),
+        )
+
+    # --- generation ---
+
+    def _answer(self, prompt: dict, should_stop, options: dict, with_logprobs: bool, full_text: bool):
+        """The `Answer`s of each conversation, in order."""
+        options = self._with_defaults(options)
+        stopping = _StopWhenAsked(should_stop)
+        options["stopping_criteria"] = StoppingCriteriaList([*(options.get("stopping_criteria") or []), stopping])
+        if options.get("stop_strings") is not None:
+            options.setdefault("tokenizer", self.processor.tokenizer)
+        options |= {"return_dict_in_generate": True, "output_logits": with_logprobs}
+        generated = self.model.generate(**prompt, **options)
+        width = prompt["input_ids"].shape[1]
+        answers = generated.sequences[:, width:]  # (conversations * returned sequences, steps)
+        logprobs: Tensor | None = None
+        if with_logprobs and answers.shape[1]:
+            logits = tuple(step.float() for step in generated.logits)
+            beams = getattr(generated, "beam_indices", None)
+            logprobs = self.model.compute_transition_scores(generated.sequences, logits, beams, normalize_logits=True)
+        each = len(answers) // len(prompt["input_ids"])  # num_return_sequences
+        result: list[list[Answer]] = [[] for _ in prompt["input_ids"]]
+        for row, ids in enumerate(answers.tolist()):
+            prompt_ids = prompt["input_ids"][row // each][prompt["attention_mask"][row // each].bool()].tolist()
+            ids, text, reason = self._read_answer(ids, stopping.stopped, options)
+            if full_text:
+                text = self.processor.tokenizer.decode(prompt_ids + ids, skip_special_tokens=True).strip()
+            scores = [] if logprobs is None else logprobs[row, : len(ids)].tolist()
+            result[row // each].append(Answer(text, ids, scores, reason, len(prompt_ids)))
+        return result
+
+    def _with_defaults(self, options: dict) -> dict[str, Any]:
+        options, settings = dict(options), self.model.generation_config
+        if not options.keys() & {"max_new_tokens", "max_length", "generation_config"}:
+            if settings.max_new_tokens is None:
+                options["max_new_tokens"] = DEFAULT_MAX_NEW_TOKENS
+        if settings.pad_token_id is None:
+            options.setdefault("pad_token_id", self.processor.tokenizer.pad_token_id)
+        return options
+
+    def _read_answer(self, ids: list[int], cancelled: bool, options: Mapping) -> tuple[list[int], str, str]:
+        """What was generated in a row, padding included -> token ids, text, finish reason."""
+        ends, pad = self._end_token_ids(options), self._pad_token_id(options)
+        end = next((i for i, token in enumerate(ids) if token in ends), None)
+        # After its end, a row is padded while others of the batch go on.
+        padded = end is not None or ids[-1:] == [pad]
+        ids = ids[: end + 1] if end is not None else ids[: len(ids) - _count_trailing(ids, pad)]
+        text = self.processor.tokenizer.decode(ids, skip_special_tokens=True)
+        stop_strings = options.get("stop_strings") or ()
+        stop_strings = (stop_strings,) if isinstance(stop_strings, str) else stop_strings
+        at_string = any(string in text for string in stop_strings)
+        if at_string and end is not None and ids[-1] == pad:
+            ids = ids[:-1]  # this end token was padding
+        reason = "stop" if padded or at_string else "cancelled" if cancelled else "length"
+        return ids, text.strip(), reason
+
+    def _end_token_ids(self, options: Mapping) -> set[int]:
+        settings = options.get("generation_config") or self.model.generation_config
+        ends = options.get("eos_token_id", getattr(settings, "eos_token_id", None))
+        ends = [] if ends is None else ends.tolist() if isinstance(ends, Tensor) else ends
+        return {ends} if isinstance(ends, int) else set(ends)
+
+    def _pad_token_id(self, options: Mapping) -> int | None:
+        settings = options.get("generation_config") or self.model.generation_config
+        pad = options.get("pad_token_id", getattr(settings, "pad_token_id", None))
+        return pad if pad is not None else self.processor.tokenizer.pad_token_id
+
+    # --- choices ---
+
+    def _token_ids(self, messages, features, template) -> list[int]:
+        """The conversation's token ids; one that the assistant does not end gets the opening of its turn."""
+        chat_template, variables = template
+        text = self.processor.apply_chat_template(
+            messages,
+            add_generation_prompt=messages[-1]["role"] != "assistant",
+            tokenize=False,
+            **({} if chat_template is None else {"chat_template": chat_template}),
+            **(variables or {}),
+        )
+        counts = [] if features is None else features.num_tokens(self.model.config)
+        with self._tokenizer_lock:
+            return list(self.processor(text=[text], num_video_tokens=counts)["input_ids"][0])
+
+    def _end_of_turn(self, ids: list[int], start: int) -> int:
+        """Where the answer that begins at `start` ends, its end token included."""
+        tokenizer = self.processor.tokenizer
+        ends = self._end_token_ids({}) | ({tokenizer.eos_token_id} - {None})
+        specials = set(tokenizer.all_special_ids)
+        for wanted in (ends, specials):
+            found = [i for i in range(start, len(ids)) if ids[i] in wanted]
+            if found:
+                # The first end token ends the turn; of other special tokens, some may open it.
+                return (found[0] if wanted is ends else found[-1]) + 1
+        return len(ids)
+
+    def _num_placeholders(self, ids: Sequence[int]) -> int:
+        return list(ids).count(self.model.config.video_token_id)
+
+    def _prefill(self, ids: list[int], features, keep: int = 1) -> tuple[Tensor, str, Any]:
+        """-> logits `(1, keep, vocabulary)` of the last `keep` tokens, and the cache with its name in this version."""
+        videos = {} if features is None else {"video_features": features}
+        input_ids = torch.tensor([ids], device=self.model.device)
+        outputs = self.model(input_ids=input_ids, use_cache=True, logits_to_keep=keep, return_dict=True, **videos)
+        name = "cache" if "cache" in outputs else "past_key_values"
+        return outputs.logits, name, outputs[name]
+
+    def _continue(self, prefill: tuple[Tensor, str, Any], ids: list[int]) -> Tensor:
+        """Logits `(len(ids), vocabulary)` that predict `ids` after the prefill; its cache stays as it was."""
+        logits, name, cache = prefill
+        if len(ids) > 1:
+            # A copy for each choice: right for every kind of cache layer; cropping it back is not.
+            input_ids = torch.tensor([ids[:-1]], device=self.model.device)
+            outputs = self.model(input_ids=input_ids, use_cache=True, return_dict=True, **{name: copy.deepcopy(cache)})
+            logits = torch.cat([logits, outputs.logits.to(logits.device)], dim=1)
+        return logits[0]
+
+    def __getstate__(self) -> dict:
+        return {name: value for name, value in self.__dict__.items() if name != "_tokenizer_lock"}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self._tokenizer_lock = threading.Lock()
+
+
+class _Stopped(Exception):
+    """Ends the encoding of a video nobody waits for any more."""
+
+
+class _StopWhenAsked(StoppingCriteria):
+    """Ends a generation as soon as `should_stop()` says so."""
+
+    def __init__(self, should_stop: Callable[[], bool] | None):
+        self.should_stop, self.stopped = should_stop, False
+
+    def __call__(self, input_ids: Tensor, scores, **kwargs) -> Tensor:
+        self.stopped = self.stopped or (self.should_stop is not None and self.should_stop())
+        return torch.full((len(input_ids),), self.stopped, dtype=torch.bool, device=input_ids.device)
+
+
+def _stoppable(progress: Progress | None, should_stop: Callable[[], bool] | None) -> Progress | None:
+    if should_stop is None:
+        return progress
+
+    def report(stage: str, done: int, total: int) -> None:
+        if should_stop():
+            raise _Stopped
+        if progress is not None:
+            progress(stage, done, total)
+
+    return report
+
+
+def _is_address(video) -> bool:
+    return isinstance(video, str) and "://" in video[:16]
+
+
+def _are_features(video) -> bool:
+    return isinstance(video, Mapping) and "local_features" in video
+
+
+def _as_conversations(messages) -> tuple[list, bool]:
+    """-> conversations, and whether there was a list of them. What a message may be, the processor checks."""
+    messages = getattr(messages, "messages", messages)
+    if not isinstance(messages, (list, tuple)) or not messages:
+        raise ValueError(f"messages must be a list of messages, or a list of such lists, got {messages!r:.80}")
+    is_batch = isinstance(messages[0], (list, tuple)) or hasattr(messages[0], "messages")
+    conversations = [getattr(one, "messages", one) for one in messages] if is_batch else [messages]
+    for one in conversations:
+        if (
+            not isinstance(one, (list, tuple))
+            or not one
+            or not all(isinstance(m, Mapping) and "role" in m for m in one)
+        ):
+            raise ValueError(f'a conversation must be a list of {{"role": ..., "content": ...}}, got {one!r:.80}')
+    return [list(one) for one in conversations], is_batch
+
+
+def _count_trailing(ids: Sequence[int], value: int | None) -> int:
+    return next((i for i, token in enumerate(reversed(ids)) if token != value), len(ids))
+
+
+def _common_length(one: Iterable[int], other: Iterable[int]) -> int:
+    """How many tokens two sequences begin with alike."""
+    count = 0
+    for a, b in zip(one, other, strict=False):
+        if a != b:
+            break
+        count += 1
+    return count
+
+
+__all__ = ["Answer", "LongVLMEngine"]

@@ -21,12 +21,19 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
-    if config.getoption("--slow"):
-        return
-    skip = pytest.mark.skip(reason="slow: run with --slow")
+    slow = pytest.mark.skip(reason="slow: run with --slow")
+    gpu = pytest.mark.skip(reason="gpu: there is no accelerator here")
     for item in items:
-        if item.get_closest_marker("slow"):
-            item.add_marker(skip)
+        if item.get_closest_marker("slow") and not config.getoption("--slow"):
+            item.add_marker(slow)
+        if item.get_closest_marker("gpu") and not _has_accelerator():
+            item.add_marker(gpu)
+
+
+def _has_accelerator() -> bool:
+    import torch
+
+    return torch.accelerator.is_available()
 
 
 def pytest_report_header(config):

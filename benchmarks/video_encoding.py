@@ -114,7 +114,9 @@ def main() -> int:
     if args.json:
         print(json.dumps({**rows, "difference": max(differences)}))
     else:
-        print(f"{args.frames} frames of ViT-L/14, bfloat16, {args.threads} CPU threads, median of {args.repeats} pairs")
+        print(
+            f"{args.frames} frames of ViT-L/14, bfloat16, {args.threads} CPU threads, median of {args.repeats} pairs"
+        )
         for name, row in rows.items():
             goal = f"   (goal: at most {GOALS[name]})" if name in GOALS else ""
             print(

@@ -13,24 +13,24 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from longvlm.loading import load_pipeline
-
 SIDE, GAP, MARGIN, HEADER = 160, 6, 96, 58
 BACKGROUND, INK, LINE = (250, 250, 248), (40, 40, 40), (255, 255, 255)
 
 
 @torch.no_grad()
-def inspect(
+def draw_merging(
+    engine,
     video: str,
     out: Path,
-    model: str,
     *,
     num_frames: int | None = None,
     segments: int = 6,
     frames: int = 5,
-    device: str | None = None,
 ) -> dict[str, int]:
     """Draws `segments` segments of the video, `frames` frames of each, evenly chosen, to a PNG file.
+
+    Args:
+        engine: a `LongVLMEngine`.
 
     Returns:
         The numbers of the video: `frames`, `segments`, `patches`, `local_tokens`, `global_tokens`.
@@ -40,14 +40,13 @@ def inspect(
     """
     if out.suffix.lower() != ".png":
         raise ValueError(f"{out} is no name of a PNG file; end it in .png")
-    pipe = load_pipeline(model, device=device)
-    processor, config = pipe.processor.video_processor, pipe.model.config
+    processor, config = engine.processor.video_processor, engine.model.config
     options = {} if num_frames is None else {"num_frames": num_frames}
     seen = processor(video, do_rescale=False, do_normalize=False, return_metadata=True, return_tensors="pt", **options)
     pixels = seen["pixel_values_videos"][0]  # (T, 3, H, W), 0 to 255
     as_given = {"do_sample_frames": False, "do_resize": False, "do_center_crop": False}
     normalised = processor(pixels.to(torch.uint8), return_tensors="pt", **as_given)["pixel_values_videos"][0]
-    assignment = pipe.model.model.get_token_assignment(normalised).cpu()  # (T, N)
+    assignment = engine.model.model.get_token_assignment(normalised).cpu()  # (T, N)
 
     rows, columns = _grid(config, pixels)
     merged = _paint_tokens(pixels, assignment, rows, columns)

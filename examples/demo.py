@@ -45,7 +45,7 @@ def columns(rows: list[tuple[str, ...]]) -> str:
     return "\n".join(f"  {line.rstrip()}" for line in lines)
 
 
-def ask(pipe, video: Path, question: str) -> tuple[str, float, float]:
+def ask(engine, video: Path, question: str) -> tuple[str, float, float]:
     """-> the answer, seconds of decoding and encoding the video (0 if it is known already), seconds of answering."""
     start = encoded = time.perf_counter()
 
@@ -54,7 +54,8 @@ def ask(pipe, video: Path, question: str) -> tuple[str, float, float]:
         if stage == "encode":
             encoded = time.perf_counter()
 
-    answer = pipe(video=str(video), question=question, progress=progress)["answer"]
+    content = [{"type": "video", "video": str(video)}, {"type": "text", "text": question}]
+    answer = engine.generate([{"role": "user", "content": content}], progress=progress)
     return answer, encoded - start, time.perf_counter() - encoded
 
 
@@ -73,12 +74,11 @@ def main(arguments: list[str] | None = None) -> None:
 def demo(number: int, duration: float, out: Path) -> None:
     clock = Clock()
     with clock.time("load Python's libraries"):
-        from transformers import pipeline
         from transformers.utils import logging
 
         import longvlm
         from longvlm.evaluation import storyline
-        from longvlm.evaluation.merge_picture import inspect
+        from longvlm.evaluation.merge_picture import draw_merging
         from longvlm.evaluation.metrics.short_answer.short_answer import name_choice
 
         logging.set_verbosity_error()
@@ -93,15 +93,15 @@ def demo(number: int, duration: float, out: Path) -> None:
     with clock.time("draw the contact sheet"):
         storyline.contact_sheet(story, sheet)
     with clock.time("load longvlm-tiny"):
-        pipe = pipeline("video-question-answering", model=str(checkpoint))
+        engine = longvlm.load(checkpoint)
 
     print("ask ...", file=sys.stderr, flush=True)
     rows: list[tuple[str, ...]] = [("kind", "question", "answer", "truth", "", "seconds")]
     right = 0
     for question in questions:
-        answer, encoding, answering = ask(pipe, video, question.question)
+        answer, encoding, answering = ask(engine, video, question.question)
         if question is questions[0]:
-            frames = pipe.processor.video_processor.num_frames
+            frames = engine.processor.video_processor.num_frames
             clock.seconds[f"decode the video and encode up to {frames} frames of it, once"] = encoding
         is_right = name_choice(answer, question.choices) == question.answer
         right += is_right
@@ -109,7 +109,7 @@ def demo(number: int, duration: float, out: Path) -> None:
         rows.append((question.kind, question.question, answer or "(none)", question.answer, mark, f"{answering:.2f}"))
     clock.seconds[f"answer {len(questions)} questions, one by one"] = sum(float(row[-1]) for row in rows[1:])
     with clock.time("draw which patches became one token"):
-        inspect(str(video), tokens, str(checkpoint))
+        draw_merging(engine, str(video), tokens)
 
     guessed = sum(question.chance for question in questions)
     command = shlex.join(

@@ -1,18 +1,12 @@
 """`longvlm-tiny`, the small trained checkpoint that comes with the package.
 
-Commands that ask a model use it where none is named. It needs no download, and knows the synthetic videos of Storyline
-only. Nothing here imports torch: the command says which model it takes before that is loaded.
+It is what answers where no model is named. It needs no download, and knows only the synthetic videos of Storyline.
 """
 
 from pathlib import Path
 
 TINY = "longvlm-tiny"
 _FOLDER = Path(__file__).resolve().parent / TINY
-
-NOTE = (
-    f"longvlm: warning: no --model is given, so this is {TINY}, which knows only the synthetic Storyline videos; "
-    "what it says of any other video means nothing"
-)
 
 
 def tiny_checkpoint() -> Path:
@@ -26,7 +20,7 @@ def tiny_checkpoint() -> Path:
         `Path` of a checkpoint folder, for `from_pretrained` and `pipeline`.
 
     Raises:
-        FileNotFoundError: the installation lacks it.
+        FileNotFoundError: it is missing from the installation.
     """
     if not ((_FOLDER / "config.json").is_file() and any(_FOLDER.glob("*.safetensors"))):
         raise FileNotFoundError(
@@ -36,4 +30,4 @@ def tiny_checkpoint() -> Path:
     return _FOLDER
 
 
-__all__ = ["NOTE", "TINY", "tiny_checkpoint"]
+__all__ = ["TINY", "tiny_checkpoint"]

@@ -1,172 +1,188 @@
-"""What `longvlm ask` does: one video, any number of questions, answers as they come.
-
-Built on `pipeline("video-question-answering")`, which decodes and encodes the video once for all questions.
-"""
+"""`longvlm ask`: one video, any number of questions, answers as they come."""
 
 import json
-import random
+import sys
 import time
-import warnings
-from collections.abc import Iterable
-from typing import Any, ClassVar, TextIO
+from collections.abc import Iterable, Iterator
+from typing import Annotated, Any, TextIO
 
-import numpy as np
-import torch
-from huggingface_hub.utils import logging as hub_logging
-from tqdm import tqdm
-from transformers import LogitsProcessor, LogitsProcessorList, TextStreamer
-from transformers.utils import logging
+import typer
 
-from longvlm.loading import load_pipeline
+from longvlm_cli.options import (
+    Device,
+    Dtype,
+    Fps,
+    MaxFrames,
+    Model,
+    ModelDtype,
+    NumFrames,
+    Progress,
+    Quiet,
+    Video,
+    announce_model,
+    check_exists,
+    show_warnings_in_one_line,
+    silence_libraries,
+    video_options,
+)
 
 # Answers that repeat one token this often come from a broken model, not from a video.
 REPEATS = 16
 
 
-def ask(
+def ask_command(
+    video: Video,
+    questions: Annotated[
+        list[str], typer.Argument(metavar="QUESTION...", help="One or more; - reads them from stdin, one per line.")
+    ],
+    model: Model = None,
+    num_frames: NumFrames = None,
+    fps: Fps = None,
+    max_frames: MaxFrames = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum length of an answer, in tokens.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0, help="0: the likeliest answer; above 0: sampled.")] = 0.0,
+    top_p: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Nucleus sampling; needs --temperature above 0.")
+    ] = None,
+    num_beams: Annotated[int, typer.Option(min=1, help="Number of beams of a beam search.")] = 1,
+    seed: Annotated[int, typer.Option(help="Seed for sampling.")] = 0,
+    dtype: ModelDtype = Dtype.auto,
+    device: Device = None,
+    system: Annotated[str | None, typer.Option(help="System message, instead of the chat template's own.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per question, one per line.")] = False,
+    stream: Annotated[bool, typer.Option("--stream", help="Print each answer while it is generated.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Ask questions about a video. The answers go to stdout."""
+    if as_json and stream:
+        raise ValueError("`as_json` and `stream` exclude each other; give one of them")
+    options = video_options(num_frames, fps, max_frames)
+    if stream and num_beams > 1:
+        raise ValueError(f"`stream` cannot be combined with `num_beams` {num_beams}: beams are decided at the end")
+    if top_p is not None and temperature == 0:
+        raise ValueError(f"`top_p` {top_p} needs `temperature` above 0")
+
+    check_exists(video)
+    announce_model(model, quiet=quiet)
+    import longvlm
+
+    show_warnings_in_one_line(sys.stderr)
+    silence_libraries()
+    generation: dict[str, Any] = {"max_new_tokens": max_new_tokens, "num_beams": num_beams, "do_sample": False}
+    if temperature > 0:
+        generation |= {"do_sample": True, "temperature": temperature, "top_p": 1.0 if top_p is None else top_p}
+    engine = longvlm.load(model, dtype=dtype.value, device=device)
+    untrained = getattr(engine.model.config, "untrained_parts", None)
+    if untrained:
+        parts = " and ".join(part.replace("_", " ") for part in untrained)
+        print(f"longvlm: warning: untrained: {parts}. The answers say nothing about the video.", file=sys.stderr)
+    _set_seed(seed)
+    for answer in answer_questions(
+        engine,
+        video,
+        _read_questions(questions),
+        video_options=options,
+        system=system,
+        generation=generation,
+        stream_to=sys.stdout if stream else None,
+        quiet=quiet,
+    ):
+        if as_json:
+            print(json.dumps(answer | ({"untrained_parts": untrained} if untrained else {}), ensure_ascii=False))
+        elif not stream:
+            print(answer["answer"])
+        sys.stdout.flush()
+
+
+def answer_questions(
+    engine,
     video: str,
     questions: Iterable[str],
-    model: str,
     *,
-    dtype: str = "auto",
-    device: str | None = None,
-    video_options: dict[str, Any] | None = None,
-    generation: dict[str, Any] | None = None,
-    seed: int = 0,
-    as_json: bool = False,
-    stream: bool = False,
-    quiet: bool = False,
-    out: TextIO,
-    err: TextIO,
-) -> None:
-    """Answers each question as it comes; answers go to `out`, progress and warnings to `err`.
+    video_options: dict[str, Any],
+    system: str | None,
+    generation: dict[str, Any],
+    stream_to: TextIO | None,
+    quiet: bool,
+) -> Iterator[dict[str, Any]]:
+    """Each answer, with what `--json` tells about it. With `stream_to`, its text is written there as it comes.
 
     Raises:
         VideoDecodeError, ValueError, OSError: in one line each, what the user can change.
     """
-    logging.set_verbosity_error()
-    hub_logging.set_verbosity_error()  # retries, one by one
-    logging.disable_progress_bar()
-    pipe = load_pipeline(model, dtype=dtype, device=device)
-    untrained = getattr(pipe.model.config, "untrained_parts", None)
-    if untrained:
-        parts = " and ".join(part.replace("_", " ") for part in untrained)
-        print(f"longvlm: warning: untrained: {parts}. The answers say nothing about the video.", file=err)
+    from transformers import LogitsProcessorList
 
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
     asked = False
     for question in questions:
         asked = True
-        guard, bars = _Guard(), _Bars(err, disable=quiet)
-        options = dict(generation or {})
-        if stream:
-            options["streamer"] = _Streamer(pipe.processor.tokenizer, out)
+        guard, bars = _make_guard(), Progress(disable=quiet)
+        messages: list[dict] = [{"role": "system", "content": system}] if system is not None else []
+        content = [{"type": "video", "video": video, **video_options}, {"type": "text", "text": question}]
+        messages.append({"role": "user", "content": content})
+        options = {"progress": bars, "logits_processor": LogitsProcessorList([guard]), **generation}
         start = time.perf_counter()
         try:
-            result = pipe(
-                video=video,
-                question=question,
-                progress=bars,
-                logits_processor=LogitsProcessorList([guard]),
-                **(video_options or {}),
-                **options,
-            )
+            if stream_to is None:
+                text = engine.generate(messages, **options)
+            else:
+                text = ""
+                for bit in engine.stream(messages, **options):
+                    print(bit, end="", file=stream_to, flush=True)
+                    text += bit
+                print(file=stream_to, flush=True)
         finally:
             bars.close()
-        seconds = time.perf_counter() - start
+        seconds = round(time.perf_counter() - start, 3)
         if guard.repeats_itself():
-            print("longvlm: warning: the answer is one token repeated; is the model trained?", file=err)
-        if as_json:
-            answer = {"video": video, "question": question, **result, "seconds": round(seconds, 3)}
-            if bars.frames is not None:
-                answer["frames"] = bars.frames
-            if untrained:
-                answer["untrained_parts"] = untrained
-            print(json.dumps(answer, ensure_ascii=False), file=out, flush=True)
-        elif not stream:
-            print(result["answer"], file=out, flush=True)
+            print("longvlm: warning: the answer is one token repeated; is the model trained?", file=sys.stderr)
+        answer = {"video": video, "question": question, "answer": text, "seconds": seconds}
+        # Not known where the features came from the cache.
+        yield answer | ({"frames": bars.totals["encode"]} if "encode" in bars.totals else {})
     if not asked:
         raise ValueError("there is no question: none was given, or standard input was empty")
 
 
-def show_warnings_in_one_line(err: TextIO) -> None:
-    """Warnings about the video in one line; those of libraries about their own affairs not at all."""
-
-    def show(message, category, filename, lineno, file=None, line=None):
-        print(f"longvlm: warning: {' '.join(str(message).split())}", file=err)
-
-    warnings.showwarning = show
-    warnings.simplefilter("ignore")
-    from longvlm.processing.video_sources import VideoDecodeWarning
-
-    warnings.simplefilter("always", VideoDecodeWarning)
+def _read_questions(questions: list[str]) -> Iterator[str]:
+    """The questions; - stands for those on stdin, read one by one as they are typed."""
+    for question in questions:
+        if question != "-":
+            yield question
+            continue
+        for line in sys.stdin:
+            if line.strip():
+                yield line.strip()
 
 
-class _Bars:
-    """Progress of decoding and encoding; `frames` is how many frames were taken, `None` if from the cache.
+def _set_seed(seed: int) -> None:
+    from transformers import set_seed
 
-    A long video is decoded and encoded in turns, piece by piece: both bars stand until the end.
-    """
-
-    NAMES: ClassVar = {"decode": "decoding", "encode": "encoding"}
-
-    def __init__(self, err: TextIO, *, disable: bool):
-        self.err, self.disable = err, disable
-        self.frames: int | None = None
-        self.bars: dict[str, tqdm] = {}
-
-    def __call__(self, stage: str, done: int, total: int) -> None:
-        if stage not in self.bars:
-            self.bars[stage] = tqdm(
-                total=total,
-                desc=self.NAMES[stage],
-                unit="frame",
-                position=len(self.bars),
-                file=self.err,
-                disable=self.disable,
-            )
-        if stage == "encode":
-            self.frames = total
-        self.bars[stage].update(done - self.bars[stage].n)
-        if done >= total and stage == "encode":  # else their clocks would run on while the answer is made
-            self.close()
-
-    def close(self) -> None:
-        for bar in self.bars.values():
-            bar.close()
+    set_seed(seed)
 
 
-class _Streamer(TextStreamer):
-    """Writes the answer to `out` word by word."""
+def _make_guard():
+    """Watches a generation: values that are not finite end it, and one token repeated is noticed."""
+    import torch
+    from transformers import LogitsProcessor
 
-    def __init__(self, tokenizer, out: TextIO):
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.out = out
+    class Guard(LogitsProcessor):
+        def __init__(self):
+            self.prompt: int | None = None
+            self.answer: torch.Tensor | None = None
 
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        print(text, file=self.out, flush=True, end="\n" if stream_end else "")
+        def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+            if self.prompt is None:
+                self.prompt = input_ids.shape[1]
+            # -inf stands for what must not be said; something has to be left, and nothing may be NaN.
+            if torch.isnan(scores).any() or not torch.isfinite(scores).any():
+                dtype = str(scores.dtype).removeprefix("torch.")
+                raise ValueError(
+                    f"the model gives values that are not numbers (NaN) in {dtype}; try --dtype float32, or another "
+                    "checkpoint"
+                )
+            self.answer = input_ids[0, self.prompt :]
+            return scores
 
+        def repeats_itself(self) -> bool:
+            return self.answer is not None and len(self.answer) >= REPEATS - 1 and len(self.answer.unique()) == 1
 
-class _Guard(LogitsProcessor):
-    """Watches the generation: values that are not finite end it, and one token repeated is noticed."""
-
-    def __init__(self):
-        self.prompt: int | None = None
-        self.answer: torch.Tensor | None = None
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        if self.prompt is None:
-            self.prompt = input_ids.shape[1]
-        # -inf stands for what must not be said; something has to be left, and nothing may be NaN.
-        if torch.isnan(scores).any() or not torch.isfinite(scores).any():
-            raise ValueError(
-                f"the model gives values that are not numbers (NaN) in {str(scores.dtype).removeprefix('torch.')}; "
-                "try --dtype float32, or another checkpoint"
-            )
-        self.answer = input_ids[0, self.prompt :]
-        return scores
-
-    def repeats_itself(self) -> bool:
-        return self.answer is not None and len(self.answer) >= REPEATS - 1 and len(self.answer.unique()) == 1
+    return Guard()

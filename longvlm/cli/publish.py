@@ -1,4 +1,4 @@
-"""`longvlm publish`: a checkpoint folder goes to the Hub, after checks. Heavy imports stand inside the command."""
+"""`longvlm publish`: a checkpoint folder goes to the Hub, after checks."""
 
 import sys
 from pathlib import Path
@@ -6,50 +6,57 @@ from typing import Annotated
 
 import typer
 
+from longvlm_cli.options import Progress, Quiet, silence_libraries
+
 
 def publish_command(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Checkpoint: model and processor.")],
-    repo_id: Annotated[str, typer.Option(metavar="USER/NAME", help="Where it goes; created if it is not there.")],
-    license: Annotated[str | None, typer.Option(help="The Hub's name of its licence, such as apache-2.0.")] = None,
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Checkpoint folder: model and processor.")],
+    repo_id: Annotated[str, typer.Option(metavar="USER/NAME", help="Repository to publish to; created if needed.")],
+    license: Annotated[str | None, typer.Option(help="Licence, by its name on the Hub, such as apache-2.0.")] = None,
     base_model: Annotated[
         list[str] | None,
-        typer.Option(help='Hub id of what it was made of; once for each. "none": trained from scratch.'),
+        typer.Option(help='Hub id of a model it was made from; may be repeated. "none": trained from scratch.'),
     ] = None,
-    license_name: Annotated[str | None, typer.Option(help="With --license other.")] = None,
-    license_link: Annotated[str | None, typer.Option(help="With --license other.")] = None,
-    dataset: Annotated[list[str] | None, typer.Option(help="Hub id of data that it was trained on.")] = None,
-    language: Annotated[list[str] | None, typer.Option(help="Code of a language that it answers in (en).")] = None,
-    tag: Annotated[list[str] | None, typer.Option(help="A tag more.")] = None,
+    license_name: Annotated[str | None, typer.Option(help="Required by --license other.")] = None,
+    license_link: Annotated[str | None, typer.Option(help="Required by --license other.")] = None,
+    dataset: Annotated[
+        list[str] | None, typer.Option(help="Hub id of a dataset it was trained on; may be repeated.")
+    ] = None,
+    language: Annotated[
+        list[str] | None, typer.Option(help="Code of a language it answers in (en); may be repeated.")
+    ] = None,
+    tag: Annotated[list[str] | None, typer.Option(help="An additional tag; may be repeated.")] = None,
     results: Annotated[
         Path | None, typer.Option(help="JSON list of measured results (fields of huggingface_hub.EvalResult).")
     ] = None,
-    new_card: Annotated[bool, typer.Option("--new-card", help="Make the card anew, though DIR has a README.md.")] = (
+    new_card: Annotated[bool, typer.Option("--new-card", help="Write a new card even if DIR has a README.md.")] = (
         False
     ),
     update_code: Annotated[
-        bool, typer.Option("--update-code", help="Upload the installed version's code instead of DIR's.")
+        bool, typer.Option("--update-code", help="Upload the code of the installed version instead of DIR's.")
     ] = False,
-    exclude: Annotated[list[str] | None, typer.Option(help="Pattern of files that stay here.")] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option(help="Pattern of files that are not uploaded; may be repeated.")
+    ] = None,
     private: Annotated[bool, typer.Option("--private", help="Create a private repository.")] = False,
-    branch: Annotated[str | None, typer.Option(help="Branch to commit to; created if it is not there.")] = None,
-    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")] = False,
-    commit_message: Annotated[str | None, typer.Option(help="Of the one commit.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check, show what would go, and upload nothing.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")] = False,
+    branch: Annotated[str | None, typer.Option(help="Branch to commit to; created if needed.")] = None,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead of committing.")] = False,
+    commit_message: Annotated[str | None, typer.Option(help="Message of the commit.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Run the checks, show what would be uploaded, and upload nothing.")
+    ] = False,
+    quiet: Quiet = False,
 ) -> None:
-    """Check a checkpoint and publish it on the Hub, in one commit; its address goes to stdout.
+    """Check a checkpoint and publish it on the Hub, in one commit. Its address goes to stdout.
 
-    The token is that of `hf auth login`, or HF_TOKEN.
+    The token comes from `hf auth login` or HF_TOKEN.
     """
     from huggingface_hub.utils import disable_progress_bars
-    from huggingface_hub.utils import logging as hub_logging
-    from transformers.utils import logging
 
     from longvlm.publishing.model_card import read_results
     from longvlm.publishing.publish import NotReady, publish
 
-    logging.set_verbosity_error()
-    hub_logging.set_verbosity_error()
+    silence_libraries()
     if quiet:
         disable_progress_bars()
     try:
@@ -72,7 +79,7 @@ def publish_command(
             create_pr=create_pr,
             commit_message=commit_message,
             dry_run=dry_run,
-            progress=(lambda step: None) if quiet else (lambda step: print(step, file=sys.stderr, flush=True)),
+            progress=Progress(disable=quiet),
         )
     except NotReady as error:
         for problem in error.problems[:-1]:
@@ -89,7 +96,7 @@ def publish_command(
 
 
 def _show(publication) -> None:
-    """The files with their sizes, and the head of the card."""
+    """Prints the files with their sizes, and the head of the card."""
     for name, size in publication.sizes.items():
         print(f"{size:>15,}  {name}")
     print(f"{sum(publication.sizes.values()):>15,}  in {len(publication.sizes)} files, to {publication.repo_id}\n")

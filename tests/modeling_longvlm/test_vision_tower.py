@@ -23,7 +23,13 @@ from longvlm.modeling_longvlm.vision_tower_longvlm import EncodedFrames, VisionE
 from tests.helpers.tiny_models import noise_video, tiny_config, tiny_longvlm, tiny_text_config
 
 SIZE, PATCHES, LAYERS = 28, 4, 4
-SMALL = {"hidden_size": 32, "num_hidden_layers": LAYERS, "num_attention_heads": 4, "image_size": SIZE, "patch_size": 14}
+SMALL = {
+    "hidden_size": 32,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "image_size": SIZE,
+    "patch_size": 14,
+}
 WITH_MLP = {**SMALL, "intermediate_size": 64}
 FAMILIES = {
     "clip": (CLIPVisionConfig(**WITH_MLP), "encoder.layers"),

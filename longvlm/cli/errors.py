@@ -1,0 +1,71 @@
+"""What a user can cause ends in one line on stderr and exit code 2; `LONGVLM_TRACEBACK=1` shows where it came from.
+
+The library names arguments, in backquotes: "`llm` is a delta". Here they become the flags of the command that ran.
+"""
+
+import os
+import re
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+LONGEST = 600  # characters
+
+
+def exit_code_for(error: BaseException, command: Any, arguments: Sequence[str]) -> int:
+    """
+    Prints the line for an error that a user can cause.
+
+    Args:
+        error: what ended the command.
+        command: the whole command line, as click sees it.
+        arguments: what it was started with.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        error: it is a fault of the program.
+    """
+    if isinstance(error, KeyboardInterrupt) or type(error).__name__ == "Abort":
+        return 130
+    if isinstance(error, BrokenPipeError):  # the reader of our output has gone, as in `longvlm ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    if type(error).__name__ == "NoArgsIsHelpError":
+        error.show()  # type: ignore[attr-defined]
+        return 2
+    if hasattr(error, "format_message"):  # options that click refuses
+        print(f"longvlm: error: {one_line(error.format_message())}", file=sys.stderr)
+        return 2
+    if os.environ.get("LONGVLM_TRACEBACK") or not _is_users(error):
+        raise error
+    print(f"longvlm: error: {name_flags(one_line(error), command, arguments)}", file=sys.stderr)
+    return 2
+
+
+def one_line(error: BaseException | str) -> str:
+    """What happened, without line breaks; of an error that wraps another, the one inside."""
+    if type(error).__name__.startswith("StrictDataclass"):
+        error = getattr(error, "__cause__", None) or error
+    text = " ".join(str(error).replace("Value error, ", "").split()) or type(error).__name__
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
+
+
+def name_flags(text: str, command: Any, arguments: Sequence[str]) -> str:
+    """Arguments in backquotes become the flags of the command that `arguments` run; other words stay as they are."""
+    for argument in arguments:
+        command = getattr(command, "commands", {}).get(argument, command)
+    names = {}
+    for parameter in command.params:
+        flags = [flag for flag in parameter.opts if flag.startswith("--")]
+        names[parameter.name] = flags[0] if flags else (parameter.metavar or str(parameter.name).upper())
+    return re.sub(r"`(\w+)`", lambda found: names.get(found[1], found[0]), text)
+
+
+def _is_users(error: BaseException) -> bool:
+    """Whether a user can cause (and cure) this error."""
+    if isinstance(error, (ValueError, OSError, ImportError)):  # also VideoDecodeError, and those of huggingface_hub
+        return True
+    names = {kind.__name__ for kind in type(error).__mro__}
+    return bool(names & {"StrictDataclassError", "OutOfMemoryError", "HfHubHTTPError", "SafetensorError"})

@@ -1,0 +1,59 @@
+"""`longvlm extract`: every video goes through the encoder once."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from longvlm_cli.options import (
+    Dtype,
+    Fps,
+    MaxFrames,
+    Model,
+    ModelDtype,
+    NumFrames,
+    Quiet,
+    announce_model,
+    show_warnings_in_one_line,
+    silence_libraries,
+    video_options,
+)
+
+
+def extract_command(
+    videos: Annotated[list[Path], typer.Argument(help="Video files, folders of videos, or .txt lists of paths.")],
+    out: Annotated[Path, typer.Option(help="Folder of features. An interrupted run is resumed.")],
+    model: Model = None,
+    num_frames: NumFrames = None,
+    fps: Fps = None,
+    max_frames: MaxFrames = None,
+    dtype: ModelDtype = Dtype.auto,
+    shard_size: Annotated[int, typer.Option(min=1, help="Maximum size of a shard, in MB.")] = 64,
+    quiet: Quiet = False,
+) -> None:
+    """Encode many videos once, for training. `accelerate launch -m longvlm extract ...` uses several processes."""
+    options = video_options(num_frames, fps, max_frames)
+    announce_model(model, quiet=True)
+    import torch
+    from accelerate import PartialState
+
+    import longvlm
+    from longvlm.features.extract import extract_features
+
+    silence_libraries()
+    show_warnings_in_one_line(sys.stderr)
+    state = PartialState(cpu=not torch.accelerator.is_available())
+    engine = longvlm.load(model, dtype=dtype.value, device=state.device)
+    report = extract_features(
+        videos,
+        out,
+        model=engine.model,
+        processor=engine.processor,
+        video_options=options,
+        shard_bytes=shard_size * 10**6,
+        progress=not quiet,
+    )
+    if state.is_main_process:
+        print(report, file=sys.stderr)
+        print(out)

@@ -1,0 +1,41 @@
+"""`longvlm inspect`: a picture of how the patches of a video were merged."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from longvlm_cli.options import (
+    Device,
+    Model,
+    NumFrames,
+    Video,
+    announce_model,
+    check_exists,
+    show_warnings_in_one_line,
+    silence_libraries,
+)
+
+
+def inspect_command(
+    video: Video,
+    out: Annotated[Path, typer.Option(help="PNG file to write.")],
+    model: Model = None,
+    num_frames: NumFrames = None,
+    segments: Annotated[int, typer.Option(min=1, help="Number of segments shown, evenly spaced.")] = 6,
+    frames: Annotated[int, typer.Option(min=1, help="Number of frames shown per segment.")] = 5,
+    device: Device = None,
+) -> None:
+    """Draw how the patches of a video are merged into tokens."""
+    check_exists(video)
+    announce_model(model, quiet=True)
+    import longvlm
+    from longvlm.evaluation.merge_picture import draw_merging
+
+    show_warnings_in_one_line(sys.stderr)
+    silence_libraries()
+    engine = longvlm.load(model, device=device)
+    numbers = draw_merging(engine, video, out, num_frames=num_frames, segments=segments, frames=frames)
+    print(", ".join(f"{value:,} {name.replace('_', ' ')}" for name, value in numbers.items()), file=sys.stderr)
+    print(out)

@@ -1,0 +1,178 @@
+"""What the commands share: options that mean the same everywhere, which model is used, progress and warnings on stderr.
+
+Nothing here imports torch or transformers at the top: help must come at once.
+"""
+
+import signal
+import sys
+import warnings
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, TextIO
+
+import typer
+from tqdm import tqdm
+
+NOTE = (
+    "longvlm: warning: no --model was given, so longvlm-tiny answers. It knows only the synthetic Storyline videos; "
+    "what it says about any other video means nothing"
+)
+OUT_HELP = "Folder to write. It appears only once it is complete."
+
+
+class Dtype(StrEnum):
+    """A dtype for weights; `auto`: as they were saved."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class Similarity(StrEnum):
+    """`merge_similarity` of `LongVLMConfig`."""
+
+    mean_head = "mean_head"
+    per_head = "per_head"
+
+
+class Order(StrEnum):
+    """`merge_order` of `LongVLMConfig`."""
+
+    matching = "matching"
+    time = "time"
+
+
+class Placement(StrEnum):
+    """`global_placement` of `LongVLMConfig`."""
+
+    prefix = "prefix"
+    suffix = "suffix"
+    none = "none"
+
+
+class Projector(StrEnum):
+    """`projector_type` of `LongVLMConfig`."""
+
+    linear = "linear"
+    mlp2x_gelu = "mlp2x_gelu"
+
+
+Model = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        "-m",
+        envvar="LONGVLM_MODEL",
+        help="Checkpoint folder or Hub id. Default: longvlm-tiny, which knows only Storyline's synthetic videos.",
+    ),
+]
+Video = Annotated[str, typer.Argument(metavar="VIDEO", help="A file, a URL, or a folder of images.")]
+ModelDtype = Annotated[Dtype, typer.Option(help="Dtype of the model; auto: as it was saved.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps... Default: the accelerator, if any.")]
+NumFrames = Annotated[int | None, typer.Option(help="Number of frames taken from the video.")]
+Fps = Annotated[float | None, typer.Option(help="Frames taken per second of video, instead of --num-frames.")]
+MaxFrames = Annotated[int | None, typer.Option(min=1, help="Maximum number of frames with --fps.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the contents of --out.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress. Warnings are still shown.")]
+WeightsDtype = Annotated[Dtype, typer.Option(help="Dtype of the written weights; auto: each as in its source.")]
+
+
+def video_options(num_frames: int | None, fps: float | None, max_frames: int | None) -> dict[str, Any]:
+    """Those of the video processor's options that were given."""
+    if num_frames is not None and fps is not None:
+        raise ValueError(f"`num_frames` {num_frames} and `fps` {fps} exclude each other; give one of them")
+    options = {"num_frames": num_frames, "fps": fps, "max_frames": max_frames}
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def announce_model(model: str | None, *, quiet: bool) -> None:
+    """Says which model is used, before the seconds that loading takes.
+
+    That it is longvlm-tiny is said under --quiet, too: answers about a video that it does not know look like others.
+    """
+    if model is None:
+        print(NOTE, file=sys.stderr, flush=True)
+    elif not quiet:
+        print(f"loading {model}", file=sys.stderr, flush=True)
+
+
+def check_exists(video: str) -> None:
+    """Refuses a path that is not there before the seconds that the imports take."""
+    if "://" not in video and not video.startswith("data:") and len(video) < 4096 and not Path(video).exists():
+        raise ValueError(f"{video}: no such file or directory")
+
+
+def clean_up_when_terminated() -> None:
+    """SIGTERM would end Python at once, and leave a folder that is being written."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+
+
+def silence_libraries() -> None:
+    """Only lines of our own on stderr: libraries tell about their own affairs."""
+    from huggingface_hub.utils import logging as hub_logging
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    hub_logging.set_verbosity_error()  # retries, one by one
+
+
+def show_warnings_in_one_line(err: TextIO) -> None:
+    """Warnings about the video in one line; those of libraries not at all."""
+
+    def show(message, category, filename, lineno, file=None, line=None):
+        print(f"longvlm: warning: {' '.join(str(message).split())}", file=err)
+
+    warnings.showwarning = show
+    warnings.simplefilter("ignore")
+    from longvlm.processing.video_sources import VideoDecodeWarning
+
+    warnings.simplefilter("always", VideoDecodeWarning)
+
+
+class Progress:
+    """
+    Prints `progress(stage, done, total)`: a stage without a count is a line, one with a count is a bar.
+
+    Several bars stand below each other until `close()`: a long video is decoded and encoded in turns, piece by piece.
+
+    Args:
+        unit (`str`): what is counted. `"B"`: bytes.
+        disable (`bool`): print nothing; `totals` is kept all the same.
+    """
+
+    NAMES = {"decode": "decoding", "encode": "encoding"}  # noqa: RUF012
+
+    def __init__(self, *, unit: str = "frame", disable: bool = False, err: TextIO | None = None):
+        self.unit, self.disable, self.err = unit, disable, err if err is not None else sys.stderr
+        self.totals: dict[str, int] = {}
+        self._bars: dict[str, tqdm] = {}
+
+    def __call__(self, stage: str, done: int = 0, total: int = 0) -> None:
+        if not total:
+            self.close()
+            if not self.disable:
+                print(stage, file=self.err, flush=True)
+            return
+        self.totals[stage] = total
+        if stage not in self._bars:
+            self._bars[stage] = tqdm(
+                total=total,
+                desc=self.NAMES.get(stage, stage),
+                unit=self.unit,
+                unit_scale=self.unit == "B",
+                position=len(self._bars),
+                file=self.err,
+                disable=self.disable,
+            )
+        bar = self._bars[stage]
+        bar.total = total
+        bar.update(done - bar.n)
+        if done >= total and stage != "decode":  # else clocks would run on while the answer is made
+            self.close()
+
+    def close(self) -> None:
+        for bar in self._bars.values():
+            bar.close()
+        self._bars.clear()

@@ -1,17 +1,17 @@
-"""What `longvlm inspect` does: a picture of how a video's patches were merged into tokens.
+"""A picture of how the patches of a video were merged into tokens, as `longvlm inspect` draws it.
 
-Each segment has two rows: frames as the encoder gets them, and the same frames with every patch in the mean colour of
-all the patches that share its token, lines between patches of different tokens. What the lower row has lost, the
-language model cannot see.
+Each segment has two rows: the frames as the encoder gets them, and the same frames with every patch in the mean colour
+of all patches that share its token, and lines between patches of different tokens. The language model cannot see what
+the lower row has lost.
 """
 
-import os
-import tempfile
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
+
+from longvlm.files import atomic_write
 
 SIDE, GAP, MARGIN, HEADER = 160, 6, 96, 58
 BACKGROUND, INK, LINE = (250, 250, 248), (40, 40, 40), (255, 255, 255)
@@ -36,10 +36,10 @@ def draw_merging(
         The numbers of the video: `frames`, `segments`, `patches`, `local_tokens`, `global_tokens`.
 
     Raises:
-        VideoDecodeError, ValueError, OSError: in one line each, what the user can change.
+        VideoDecodeError, ValueError, OSError: one line about what the user can change.
     """
     if out.suffix.lower() != ".png":
-        raise ValueError(f"{out} is no name of a PNG file; end it in .png")
+        raise ValueError(f"{out} is not a PNG file name; it must end in .png")
     processor, config = engine.processor.video_processor, engine.model.config
     options = {} if num_frames is None else {"num_frames": num_frames}
     seen = processor(video, do_rescale=False, do_normalize=False, return_metadata=True, return_tensors="pt", **options)
@@ -62,7 +62,8 @@ def draw_merging(
         "global_tokens": config.num_global_tokens,
     }
     picture = _draw(Path(video).name, numbers, pixels, merged, assignment, times, shown, k, frames, (rows, columns))
-    _save(picture, out)
+    with atomic_write(out) as partial:
+        picture.save(partial)
     return numbers
 
 
@@ -130,17 +131,3 @@ def _draw_borders(picture: Image.Image, index: torch.Tensor) -> None:
         draw.line([(xs[c + 1], ys[r]), (xs[c + 1], ys[r + 1])], LINE)
     for r, c in (index[1:] != index[:-1]).nonzero().tolist():
         draw.line([(xs[c], ys[r + 1]), (xs[c + 1], ys[r + 1])], LINE)
-
-
-def _save(picture: Image.Image, out: Path) -> None:
-    """Whole or not at all."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    handle, partial = tempfile.mkstemp(dir=out.parent, suffix=".png")
-    os.close(handle)
-    try:
-        picture.save(partial)
-        os.chmod(partial, 0o644)
-        os.replace(partial, out)
-    except BaseException:
-        os.unlink(partial)
-        raise

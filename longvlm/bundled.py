@@ -1,6 +1,6 @@
 """`longvlm-tiny`, the small trained checkpoint that comes with the package.
 
-It is what answers where no model is named. It needs no download, and knows only the synthetic videos of Storyline.
+It is used where no model is named. It needs no download, and knows only the synthetic videos of Storyline.
 """
 
 from pathlib import Path
@@ -13,8 +13,8 @@ def tiny_checkpoint() -> Path:
     """
     The folder of `longvlm-tiny`, the small trained checkpoint that comes with the package; works offline.
 
-    It answers questions about Storyline, a synthetic world, and knows nothing of other videos; its model card lies
-    beside it, with the accuracy that was measured.
+    It answers questions about Storyline, a synthetic world, and knows nothing about other videos. Its model card, with
+    the measured accuracy, is in the same folder.
 
     Returns:
         `Path` of a checkpoint folder, for `from_pretrained` and `pipeline`.

@@ -1,7 +1,7 @@
-"""How files are read and written here: a file or a folder whole or not at all, and JSON objects from anywhere.
+"""How files are read and written here: files and folders whole or not at all, and JSON objects.
 
-Everything is written beside its place first, then renamed. What a killed process left there is cleared away by the
-next one that writes to the same place.
+Everything is first written beside its destination, then renamed. What a killed process left there is removed by the
+next one that writes to the same destination.
 """
 
 import glob
@@ -30,17 +30,17 @@ def check_free(out: str | Path, *, overwrite: bool = False) -> Path:
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file; give a folder to write to")
     if out.is_dir() and any(out.iterdir()) and not overwrite:
-        raise ValueError(f"{out} is not empty; give another folder, or overwrite it with --overwrite (overwrite=True)")
+        raise ValueError(f"{out} is not empty; give another folder, or replace its contents with `overwrite`")
     return out
 
 
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
-    """Gives the name of a file to write; at the end that file takes the place of `path`, whole even after a power cut.
+    """Yields the name of a file to write; at the end that file replaces `path`, complete even after a power cut.
 
-    The name has the suffix of `path`, since many savers choose the format by it. After an error nothing has changed.
+    The name has the suffix of `path`, since many savers choose the format by it. After an error `path` is unchanged.
     """
-    path = Path(path).resolve()  # what a link points to takes the new content
+    path = Path(path).resolve()  # replace what a link points to, not the link
     path.parent.mkdir(parents=True, exist_ok=True)
     _clear_leftovers(path)
     partial = path.parent / f".{path.name}.partial-{os.getpid()}.{next(_numbers)}{path.suffix}"
@@ -56,8 +56,8 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def output_folder(out: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """Gives a folder to fill; at the end it takes the place of `out`. After an error nothing has changed."""
-    out = check_free(out, overwrite=overwrite).resolve()  # what a link points to takes the new content
+    """Yields a folder to fill; at the end it replaces `out`. After an error `out` is unchanged."""
+    out = check_free(out, overwrite=overwrite).resolve()  # replace what a link points to, not the link
     out.parent.mkdir(parents=True, exist_ok=True)
     _clear_leftovers(out)
     partial = out.parent / f".{out.name}.partial-{os.getpid()}"
@@ -80,7 +80,7 @@ def output_folder(out: str | Path, *, overwrite: bool = False) -> Iterator[Path]
 
 
 def _clear_leftovers(out: Path) -> None:
-    """Removes what dead processes left beside `out`; a folder that was lost between two renames comes back."""
+    """Removes what dead processes left beside `out`; restores a folder that was lost between two renames."""
     for kind in ("previous", "partial"):
         for left in out.parent.glob(f".{glob.escape(out.name)}.{kind}-*"):
             if not _is_abandoned(left):
@@ -94,13 +94,13 @@ def _clear_leftovers(out: Path) -> None:
 
 
 def _is_abandoned(path: Path) -> bool:
-    """Whether no process still writes it; its name holds the number of the one that began it."""
+    """Whether nobody is writing it any more; its name contains the id of the process that started it."""
     pid = re.search(r"\.(?:partial|previous)-(\d+)", path.name)
     if pid is None:
         return False
     if int(pid[1]) != os.getpid():
         return not psutil.pid_exists(int(pid[1]))
-    # Containers give the same numbers each time: ours may be that of a process before us.
+    # Containers hand out the same ids each time: an earlier process may have had ours.
     try:
         return path.stat().st_mtime < psutil.Process().create_time()
     except FileNotFoundError:
@@ -108,7 +108,7 @@ def _is_abandoned(path: Path) -> bool:
 
 
 def share_as_other_files(path: Path) -> None:
-    """safetensors writes for the owner alone: gives a file, or all in a folder, the mode that new files have here."""
+    """Gives a file, or all files in a folder, the default mode of new files; safetensors writes for the owner only."""
     umask = os.umask(0)
     os.umask(umask)
     for file in path.rglob("*") if path.is_dir() else (path,):
@@ -119,13 +119,13 @@ def read_json_object(file: str | Path) -> dict[str, Any]:
     """The object in a JSON file.
 
     Raises:
-        ValueError: it holds something else, or is no JSON.
+        ValueError: it holds something else, or is not JSON.
         OSError: it cannot be read.
     """
     try:
         values = json.loads(Path(file).read_text(encoding="utf-8"))
-    except ValueError as error:  # no JSON, or not UTF-8
+    except ValueError as error:  # not JSON, or not UTF-8
         raise ValueError(f"{file} is not a JSON file: {error}") from None
     if not isinstance(values, dict):
-        raise ValueError(f"{file} holds a {type(values).__name__} in JSON; an object, {{...}}, is wanted")
+        raise ValueError(f"{file} holds a JSON {type(values).__name__}; expected an object, {{...}}")
     return values

@@ -1,4 +1,4 @@
-"""`longvlm.load`: a checkpoint folder or Hub id becomes an engine, or one line says why not."""
+"""`longvlm.load`: from a checkpoint folder or Hub id to an engine, or to one line that says why not."""
 
 import os
 from pathlib import Path
@@ -11,7 +11,7 @@ from longvlm.modeling_longvlm.engine_longvlm import LongVLMEngine
 from longvlm.modeling_longvlm.modeling_longvlm import LongVLMForConditionalGeneration
 from longvlm.processing.processing_longvlm import LongVLMProcessor
 
-# Options of `from_pretrained` that say where to look: they hold for the processor and the configuration, too.
+# Options of `from_pretrained` that say where to look: the processor and the configuration get them, too.
 _WHERE = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder")
 
 
@@ -24,16 +24,16 @@ def load(
     **options,
 ) -> LongVLMEngine:
     """
-    Loads a LongVLM, ready to be asked.
+    Loads a LongVLM that is ready to answer.
 
     Args:
         model: checkpoint folder or Hub id; default: the environment variable `LONGVLM_MODEL`, else the bundled
             `longvlm-tiny`, which knows nothing but the synthetic videos of Storyline.
-        dtype: of the weights; `"auto"`: as they were saved.
-        device: `"cpu"`, `"cuda"`, `"cuda:1"`, `"mps"`...; default: the accelerator if there is one. Not together with
-            `device_map`.
-        cache_bytes: how much of the features of earlier videos the engine keeps.
-        options: of `from_pretrained`: `revision`, `device_map`, `quantization_config`, `attn_implementation`...
+        dtype: dtype of the weights; `"auto"`: as they were saved.
+        device: `"cpu"`, `"cuda"`, `"cuda:1"`, `"mps"`...; default: the accelerator if there is one. Cannot be combined
+            with `device_map`.
+        cache_bytes: maximum size of the cache of features of earlier videos, in bytes.
+        options: passed to `from_pretrained`: `revision`, `device_map`, `quantization_config`, `attn_implementation`...
 
     Returns:
         [`LongVLMEngine`], in evaluation mode.
@@ -57,17 +57,20 @@ def _check_kind(source: str, where: dict) -> str:
     looks_like_path = source.startswith((".", "/", "~")) or source.count("/") > 1
     if looks_like_path:
         source = str(Path(source).expanduser())
-        if not Path(source).is_dir():
-            raise ValueError(f"there is no model folder {source}; make one with `longvlm assemble`")
+    folder = Path(source)
+    if looks_like_path and not folder.is_dir():
+        raise ValueError(f"there is no model folder {source}; make one with `longvlm assemble`")
+    if folder.is_dir() and "subfolder" not in where and not (folder / "config.json").is_file():
+        raise ValueError(f"{source} is not a checkpoint: it has no config.json; make one with `longvlm assemble`")
     try:
-        # Not AutoConfig: of a foreign model it would ask to run that model's code.
+        # Not AutoConfig: it would ask for permission to run a foreign model's code.
         values, _ = PreTrainedConfig.get_config_dict(source, **where)
     except OSError as error:
         reason = str(error).splitlines()[0].rstrip(".")
-        raise ValueError(f"{source} is no folder here, and as a Hub id it cannot be loaded: {reason}") from error
+        raise ValueError(f"{source} is not a folder here, and cannot be loaded from the Hub: {reason}") from error
     model_type = values.get("model_type")
     if model_type != "longvlm":
-        raise ValueError(f"{source} is a {model_type} model, not a LongVLM; make one of it with `longvlm assemble`")
+        raise ValueError(f"{source} is a {model_type} model, not a LongVLM; make one from it with `longvlm assemble`")
     return source
 
 

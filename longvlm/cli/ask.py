@@ -19,14 +19,12 @@ from longvlm_cli.options import (
     Progress,
     Quiet,
     Video,
-    announce_model,
     check_exists,
-    show_warnings_in_one_line,
-    silence_libraries,
+    load_engine,
     video_options,
 )
 
-# Answers that repeat one token this often come from a broken model, not from a video.
+# An answer that repeats one token this often comes from a broken model, not from a video.
 REPEATS = 16
 
 
@@ -58,20 +56,15 @@ def ask_command(
         raise ValueError("`as_json` and `stream` exclude each other; give one of them")
     options = video_options(num_frames, fps, max_frames)
     if stream and num_beams > 1:
-        raise ValueError(f"`stream` cannot be combined with `num_beams` {num_beams}: beams are decided at the end")
+        raise ValueError(f"`stream` cannot be combined with `num_beams` {num_beams}: a beam search decides at the end")
     if top_p is not None and temperature == 0:
         raise ValueError(f"`top_p` {top_p} needs `temperature` above 0")
 
     check_exists(video)
-    announce_model(model, quiet=quiet)
-    import longvlm
-
-    show_warnings_in_one_line(sys.stderr)
-    silence_libraries()
     generation: dict[str, Any] = {"max_new_tokens": max_new_tokens, "num_beams": num_beams, "do_sample": False}
     if temperature > 0:
         generation |= {"do_sample": True, "temperature": temperature, "top_p": 1.0 if top_p is None else top_p}
-    engine = longvlm.load(model, dtype=dtype.value, device=device)
+    engine = load_engine(model, quiet=quiet, dtype=dtype.value, device=device)
     untrained = getattr(engine.model.config, "untrained_parts", None)
     if untrained:
         parts = " and ".join(part.replace("_", " ") for part in untrained)
@@ -105,10 +98,10 @@ def answer_questions(
     stream_to: TextIO | None,
     quiet: bool,
 ) -> Iterator[dict[str, Any]]:
-    """Each answer, with what `--json` tells about it. With `stream_to`, its text is written there as it comes.
+    """Yields each answer with what `--json` prints about it; `stream_to` gets the text while it is generated.
 
     Raises:
-        VideoDecodeError, ValueError, OSError: in one line each, what the user can change.
+        VideoDecodeError, ValueError, OSError: one line about what the user can change.
     """
     from transformers import LogitsProcessorList
 
@@ -136,14 +129,14 @@ def answer_questions(
         if guard.repeats_itself():
             print("longvlm: warning: the answer is one token repeated; is the model trained?", file=sys.stderr)
         answer = {"video": video, "question": question, "answer": text, "seconds": seconds}
-        # Not known where the features came from the cache.
+        # The number is not known if the features came from the cache.
         yield answer | ({"frames": bars.totals["encode"]} if "encode" in bars.totals else {})
     if not asked:
-        raise ValueError("there is no question: none was given, or standard input was empty")
+        raise ValueError("there is no question: standard input was empty")
 
 
 def _read_questions(questions: list[str]) -> Iterator[str]:
-    """The questions; - stands for those on stdin, read one by one as they are typed."""
+    """The questions; `-` stands for those on stdin, which are read one by one as they are typed."""
     for question in questions:
         if question != "-":
             yield question
@@ -160,7 +153,7 @@ def _set_seed(seed: int) -> None:
 
 
 def _make_guard():
-    """Watches a generation: values that are not finite end it, and one token repeated is noticed."""
+    """Watches a generation: NaN ends it, and an answer that repeats one token is noticed."""
     import torch
     from transformers import LogitsProcessor
 
@@ -172,13 +165,10 @@ def _make_guard():
         def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
             if self.prompt is None:
                 self.prompt = input_ids.shape[1]
-            # -inf stands for what must not be said; something has to be left, and nothing may be NaN.
+            # -inf marks tokens that must not be generated; at least one must remain, and none may be NaN.
             if torch.isnan(scores).any() or not torch.isfinite(scores).any():
                 dtype = str(scores.dtype).removeprefix("torch.")
-                raise ValueError(
-                    f"the model gives values that are not numbers (NaN) in {dtype}; try --dtype float32, or another "
-                    "checkpoint"
-                )
+                raise ValueError(f"the model computes NaN in {dtype}; try `dtype` float32, or another checkpoint")
             self.answer = input_ids[0, self.prompt :]
             return scores
 

@@ -1,4 +1,4 @@
-"""What a user can cause ends in one line on stderr and exit code 2; `LONGVLM_TRACEBACK=1` shows where it came from.
+"""Errors that a user can cause end in one line on stderr and exit code 2; `LONGVLM_TRACEBACK=1` shows the traceback.
 
 The library names arguments, in backquotes: "`llm` is a delta". Here they become the flags of the command that ran.
 """
@@ -14,18 +14,18 @@ LONGEST = 600  # characters
 
 def exit_code_for(error: BaseException, command: Any, arguments: Sequence[str]) -> int:
     """
-    Prints the line for an error that a user can cause.
+    Prints one line about an error that a user can cause.
 
     Args:
         error: what ended the command.
-        command: the whole command line, as click sees it.
-        arguments: what it was started with.
+        command: the top-level click command.
+        arguments: its arguments.
 
     Returns:
         The exit code.
 
     Raises:
-        error: it is a fault of the program.
+        error: it is a bug.
     """
     if isinstance(error, KeyboardInterrupt) or type(error).__name__ == "Abort":
         return 130
@@ -35,7 +35,7 @@ def exit_code_for(error: BaseException, command: Any, arguments: Sequence[str]) 
     if type(error).__name__ == "NoArgsIsHelpError":
         error.show()  # type: ignore[attr-defined]
         return 2
-    if hasattr(error, "format_message"):  # options that click refuses
+    if hasattr(error, "format_message"):  # click refused an option
         print(f"longvlm: error: {one_line(error.format_message())}", file=sys.stderr)
         return 2
     if os.environ.get("LONGVLM_TRACEBACK") or not _is_users(error):
@@ -45,7 +45,7 @@ def exit_code_for(error: BaseException, command: Any, arguments: Sequence[str]) 
 
 
 def one_line(error: BaseException | str) -> str:
-    """What happened, without line breaks; of an error that wraps another, the one inside."""
+    """The message without line breaks; for an error that wraps another, the inner one."""
     if type(error).__name__.startswith("StrictDataclass"):
         error = getattr(error, "__cause__", None) or error
     text = " ".join(str(error).replace("Value error, ", "").split()) or type(error).__name__
@@ -53,7 +53,7 @@ def one_line(error: BaseException | str) -> str:
 
 
 def name_flags(text: str, command: Any, arguments: Sequence[str]) -> str:
-    """Arguments in backquotes become the flags of the command that `arguments` run; other words stay as they are."""
+    """Replaces arguments in backquotes with the flags of the command that `arguments` run."""
     for argument in arguments:
         command = getattr(command, "commands", {}).get(argument, command)
     names = {}

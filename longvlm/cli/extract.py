@@ -14,9 +14,7 @@ from longvlm_cli.options import (
     ModelDtype,
     NumFrames,
     Quiet,
-    announce_model,
-    show_warnings_in_one_line,
-    silence_libraries,
+    load_engine,
     video_options,
 )
 
@@ -34,17 +32,13 @@ def extract_command(
 ) -> None:
     """Encode many videos once, for training. `accelerate launch -m longvlm extract ...` uses several processes."""
     options = video_options(num_frames, fps, max_frames)
-    announce_model(model, quiet=True)
     import torch
     from accelerate import PartialState
 
-    import longvlm
     from longvlm.features.extract import extract_features
 
-    silence_libraries()
-    show_warnings_in_one_line(sys.stderr)
     state = PartialState(cpu=not torch.accelerator.is_available())
-    engine = longvlm.load(model, dtype=dtype.value, device=state.device)
+    engine = load_engine(model, dtype=dtype.value, device=state.device)
     report = extract_features(
         videos,
         out,

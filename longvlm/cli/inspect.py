@@ -11,10 +11,8 @@ from longvlm_cli.options import (
     Model,
     NumFrames,
     Video,
-    announce_model,
     check_exists,
-    show_warnings_in_one_line,
-    silence_libraries,
+    load_engine,
 )
 
 
@@ -29,13 +27,9 @@ def inspect_command(
 ) -> None:
     """Draw how the patches of a video are merged into tokens."""
     check_exists(video)
-    announce_model(model, quiet=True)
-    import longvlm
     from longvlm.evaluation.merge_picture import draw_merging
 
-    show_warnings_in_one_line(sys.stderr)
-    silence_libraries()
-    engine = longvlm.load(model, device=device)
+    engine = load_engine(model, device=device)
     numbers = draw_merging(engine, video, out, num_frames=num_frames, segments=segments, frames=frames)
     print(", ".join(f"{value:,} {name.replace('_', ' ')}" for name, value in numbers.items()), file=sys.stderr)
     print(out)

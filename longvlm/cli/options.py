@@ -1,6 +1,6 @@
-"""What the commands share: options that mean the same everywhere, which model is used, progress and warnings on stderr.
+"""What the commands share: options that mean the same everywhere, progress bars, and warnings on stderr.
 
-Nothing here imports torch or transformers at the top: help must come at once.
+Nothing here imports torch or transformers at the top: help must appear at once.
 """
 
 import signal
@@ -79,37 +79,52 @@ WeightsDtype = Annotated[Dtype, typer.Option(help="Dtype of the written weights;
 
 
 def video_options(num_frames: int | None, fps: float | None, max_frames: int | None) -> dict[str, Any]:
-    """Those of the video processor's options that were given."""
+    """Options of the video processor, as far as they were given."""
     if num_frames is not None and fps is not None:
         raise ValueError(f"`num_frames` {num_frames} and `fps` {fps} exclude each other; give one of them")
     options = {"num_frames": num_frames, "fps": fps, "max_frames": max_frames}
     return {name: value for name, value in options.items() if value is not None}
 
 
-def announce_model(model: str | None, *, quiet: bool) -> None:
-    """Says which model is used, before the seconds that loading takes.
-
-    That it is longvlm-tiny is said under --quiet, too: answers about a video that it does not know look like others.
+def load_engine(model: str | None, *, quiet: bool = True, **options: Any):
     """
-    if model is None:
-        print(NOTE, file=sys.stderr, flush=True)
-    elif not quiet:
+    Loads the model of a command, and says which one it is.
+
+    That it is longvlm-tiny is said under --quiet, too: nothing in its answers shows that it does not know a video.
+
+    Args:
+        model: checkpoint folder or Hub id; `None`: longvlm-tiny.
+        quiet: do not say that a model that was named is being loaded.
+        options: of `longvlm.load`.
+
+    Returns:
+        `LongVLMEngine`.
+    """
+    if model is not None and not quiet:
         print(f"loading {model}", file=sys.stderr, flush=True)
+    import longvlm
+
+    show_warnings_in_one_line(sys.stderr)
+    silence_libraries()
+    if model is None:
+        longvlm.tiny_checkpoint()
+        print(NOTE, file=sys.stderr, flush=True)
+    return longvlm.load(model, **options)
 
 
 def check_exists(video: str) -> None:
-    """Refuses a path that is not there before the seconds that the imports take."""
+    """Refuses a path that does not exist before spending seconds on imports."""
     if "://" not in video and not video.startswith("data:") and len(video) < 4096 and not Path(video).exists():
         raise ValueError(f"{video}: no such file or directory")
 
 
 def clean_up_when_terminated() -> None:
-    """SIGTERM would end Python at once, and leave a folder that is being written."""
+    """SIGTERM would end Python at once and leave a half-written folder behind."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 
 
 def silence_libraries() -> None:
-    """Only lines of our own on stderr: libraries tell about their own affairs."""
+    """Keeps the messages of libraries off stderr."""
     from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
 
@@ -119,7 +134,7 @@ def silence_libraries() -> None:
 
 
 def show_warnings_in_one_line(err: TextIO) -> None:
-    """Warnings about the video in one line; those of libraries not at all."""
+    """Shows each warning about a video in one line, and hides those of libraries."""
 
     def show(message, category, filename, lineno, file=None, line=None):
         print(f"longvlm: warning: {' '.join(str(message).split())}", file=err)
@@ -135,11 +150,11 @@ class Progress:
     """
     Prints `progress(stage, done, total)`: a stage without a count is a line, one with a count is a bar.
 
-    Several bars stand below each other until `close()`: a long video is decoded and encoded in turns, piece by piece.
+    Several bars stay on screen until `close()`: a long video is decoded and encoded alternately, piece by piece.
 
     Args:
         unit (`str`): what is counted. `"B"`: bytes.
-        disable (`bool`): print nothing; `totals` is kept all the same.
+        disable (`bool`): print nothing; `totals` is still counted.
     """
 
     NAMES = {"decode": "decoding", "encode": "encoding"}  # noqa: RUF012
@@ -169,7 +184,7 @@ class Progress:
         bar = self._bars[stage]
         bar.total = total
         bar.update(done - bar.n)
-        if done >= total and stage != "decode":  # else clocks would run on while the answer is made
+        if done >= total and stage != "decode":  # else the bars' clocks would keep running during generation
             self.close()
 
     def close(self) -> None:

@@ -8,6 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
+import longvlm
+from longvlm.evaluation.merge_picture import draw_merging
 from tests.helpers.tiny_models import noise_video, save_tiny_longvlm, tiny_longvlm
 from tests.helpers.video_files import write_video
 
@@ -37,10 +39,10 @@ def test_the_assignment_is_that_of_the_features(options):
 
 
 def test_a_picture_of_what_was_merged(folder, tmp_path):
-    from longvlm.evaluation.merge_picture import inspect
-
     film = write_video(tmp_path / "film.mp4", 40, draw=halves, size=(128, 128))
-    numbers = inspect(film, tmp_path / "deep" / "film.png", str(folder), num_frames=10, segments=2, frames=3)
+    numbers = draw_merging(
+        longvlm.load(folder), film, tmp_path / "deep" / "film.png", num_frames=10, segments=2, frames=3
+    )
     assert numbers == {"frames": 10, "segments": 3, "patches": 160, "local_tokens": 18, "global_tokens": 2}
     picture = np.asarray(Image.open(tmp_path / "deep" / "film.png").convert("RGB")).astype(int)
     red = (picture[..., 0] > 150) & (picture[..., 1] < 90)

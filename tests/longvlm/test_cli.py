@@ -213,7 +213,7 @@ def bad(tmp_path, checkpoint, video):
         ("ask VIDEO Who? --model MODEL --top-p 0.5", "--temperature"),
         ("ask VIDEO Who? --model MODEL --max-new-tokens 0", "--max-new-tokens"),
         ("ask VIDEO Who? --model MODEL --colour", "--colour"),
-        ("extract VIDEO --out TMP/features", "--model"),
+        ("extract VIDEO --out TMP/features --fps 1 --num-frames 3", "exclude each other"),
         ("publish --repo-id me/it", "DIR"),
         ("assemble --language TMP/llm --out TMP/out", "vision"),
         ("assemble --language TMP/nothing.gguf --vision-config TMP/v.json --out TMP/out", "nothing.gguf"),
@@ -236,7 +236,7 @@ def test_a_fault_of_the_program_shows_where_it_is(longvlm, checkpoint, video, mo
     def fault(*args, **kwargs):
         raise RuntimeError("a fault")
 
-    monkeypatch.setattr("longvlm_cli.ask.ask", fault)
+    monkeypatch.setattr("longvlm_cli.ask.answer_questions", fault)
     monkeypatch.setattr(sys, "argv", ["longvlm", "ask", video, "Who?", "--model", checkpoint])
     with pytest.raises(RuntimeError, match="a fault"):
         cli.main()

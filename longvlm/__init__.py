@@ -2,22 +2,26 @@
 
 `import longvlm` makes transformers know the model: `AutoConfig`, `AutoModel`, `AutoModelForImageTextToText`,
 `AutoModelForMultimodalLM`, `AutoProcessor`, `AutoVideoProcessor` and `pipeline("video-question-answering")`.
-`longvlm.tiny_checkpoint()` is the folder of a small trained checkpoint that comes with the package.
-The code itself lies in the packages `longvlm.modeling_longvlm`, `longvlm.processing` and `longvlm.conversion`.
+`longvlm.load()` gives an engine to ask; `longvlm.tiny_checkpoint()` is the folder of a small trained checkpoint that
+comes with the package.
+
+The code is in sub-packages: `modeling_longvlm` and `processing` (the model and its input), `features` (encoding videos
+once), `conversion`, `training`, `evaluation` and `publishing`.
 """
 
 from pathlib import Path as _Path
 
-# In a checkout this folder holds only the public face, and its sub-packages are its neighbours. Started from there,
-# Python finds this folder before an installed wheel: let it find the neighbours as well.
+# In a checkout the sub-packages lie beside this folder, not in it. Python that is started there finds this folder
+# before an installed wheel, so it must find the sub-packages as well.
 _parent = _Path(__file__).resolve().parent.parent
 if (_parent / "modeling_longvlm").is_dir() and (_parent / "pyproject.toml").is_file():
     __path__.append(str(_parent))
 
-# Importing registers, whoever imports; it takes the seconds of torch and transformers. The command line is a package
-# of its own (`longvlm/cli/`, installed as `longvlm_cli`), so that `longvlm --help` need not wait for it.
+# Importing registers, whoever imports, and takes the seconds that torch and transformers take. So the command line is
+# a package of its own (`longvlm/cli/`, installed as `longvlm_cli`): `longvlm --help` does not wait for them.
 from longvlm.bundled import tiny_checkpoint  # noqa: E402
 from longvlm.loading import load  # noqa: E402
+from longvlm.processing import probe_video  # noqa: E402
 from longvlm.registration import (  # noqa: E402
     LongVLMConfig,
     LongVLMEngine,
@@ -43,5 +47,6 @@ __all__ = [
     "VideoQuestionAnsweringPipeline",
     "load",
     "merge_tokens",
+    "probe_video",
     "tiny_checkpoint",
 ]

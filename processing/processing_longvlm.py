@@ -185,6 +185,7 @@ class LongVLMProcessor(ProcessorMixin):
         num_video_tokens: int | Sequence[int] | None = None,
         *,
         video_features: Mapping | None = None,
+        video_options: Sequence[Mapping | None] | None = None,
         progress: Callable[[str, int, int], None] | None = None,
         **kwargs,
     ) -> BatchFeature:
@@ -200,7 +201,10 @@ class LongVLMProcessor(ProcessorMixin):
             num_video_tokens (`int` or a sequence of them):
                 Instead of `videos`, where their features were encoded before: the number of tokens of each.
             video_features (`Mapping`):
-                Instead of `num_video_tokens`: these features (`local_features`), to be counted.
+                Instead of `num_video_tokens`: the features themselves (`local_features`), whose tokens are counted.
+            video_options (`list[dict]`, *optional*):
+                Options of the video processor for single videos, over those in `kwargs`: one dict (or `None`) per
+                video, in the order of their places.
             progress: called as `progress("decode", done, total)` while frames are decoded.
             kwargs:
                 Options of the tokenizer (`padding`, `truncation`, `return_tensors`...) and of the video processor
@@ -246,6 +250,8 @@ class LongVLMProcessor(ProcessorMixin):
         if videos is not None:
             if progress is not None:
                 merged["videos_kwargs"]["progress"] = progress
+            if video_options is not None:
+                merged["videos_kwargs"]["video_options"] = video_options
             video_inputs, replacements = self._process_videos(videos, **merged["videos_kwargs"])
         text_inputs: dict[str, Any] = {}
         text_kwargs = merged["text_kwargs"]
@@ -352,7 +358,7 @@ class LongVLMProcessor(ProcessorMixin):
         return_assistant_tokens_mask: bool = False,
         tokenize: bool = False,
         return_tensors: str | None = None,
-        return_dict: bool = True,
+        return_dict: bool = False,
         load_audio_from_video: bool = False,
         processor_kwargs: dict | None = None,
         **kwargs,
@@ -375,7 +381,8 @@ class LongVLMProcessor(ProcessorMixin):
             return_assistant_tokens_mask: add `assistant_masks`, 1 where the template's `generation` blocks are.
             tokenize: return token ids and pixel values instead of the prompt.
             return_tensors: as in `__call__`.
-            return_dict: with `tokenize`, False gives `input_ids` alone.
+            return_dict: with `tokenize`, return a `BatchFeature` with everything the model takes; False, as in
+                transformers: `input_ids` alone.
             load_audio_from_video: ignored, there is no use for sound (servers set it for every processor).
             processor_kwargs: options of `__call__`; they may also stand among `kwargs`.
             kwargs: variables of the template, and options of `__call__`.
@@ -384,13 +391,15 @@ class LongVLMProcessor(ProcessorMixin):
             raise ValueError("add_generation_prompt and continue_final_message exclude each other; pass one of them")
         if continue_final_message and return_assistant_tokens_mask:
             raise ValueError("continue_final_message has no assistant mask: the last message is not finished")
+        if tokenize and return_assistant_tokens_mask and not return_dict:
+            raise ValueError("return_assistant_tokens_mask=True needs return_dict=True: the mask is part of the dict")
         chat_template = self._find_template(chat_template)
         conversations, is_batched = _as_conversations(conversation)
         flat = [self._flatten_conversation(messages) for messages in conversations]
         kwargs.pop("sanitize_control_tokens", None)  # 5.24's way for single calls; here content is always text
         template_kwargs, call_kwargs = self._split_kwargs(kwargs, chat_template)
         prompts, spans = render_jinja_template(
-            conversations=[messages for messages, _ in flat],
+            conversations=[messages for messages, _, _ in flat],
             tools=tools,
             documents=documents,
             chat_template=chat_template,
@@ -409,7 +418,9 @@ class LongVLMProcessor(ProcessorMixin):
             call_kwargs.update(return_offsets_mapping=True, return_text_replacement_offsets=True)
         if call_kwargs.get("num_frames") is not None or call_kwargs.get("fps") is not None:
             call_kwargs.setdefault("do_sample_frames", True)
-        sources = [videos for _, videos in flat]
+        sources = [videos for _, videos, _ in flat]
+        if any(options for _, _, places in flat for options in places):
+            call_kwargs["video_options"] = [options for _, _, places in flat for options in places]
         if any(sources):
             if call_kwargs.get("videos") is not None:
                 raise ValueError("videos= and videos inside the conversation exclude each other; give them in one way")
@@ -474,7 +485,7 @@ class LongVLMProcessor(ProcessorMixin):
 
     def _split_kwargs(self, kwargs: dict, chat_template: str) -> tuple[dict, dict]:
         """-> variables of the template, options of `__call__`."""
-        options = {"videos", "num_video_tokens", "progress", "common_kwargs", *_EXTRA_OUTPUTS}
+        options = {"videos", "num_video_tokens", "video_features", "progress", "common_kwargs", *_EXTRA_OUTPUTS}
         options |= ProcessingKwargs.__annotations__.keys()
         for name in ("text_kwargs", "videos_kwargs"):
             options |= ProcessingKwargs.__annotations__[name].__annotations__.keys()
@@ -487,19 +498,20 @@ class LongVLMProcessor(ProcessorMixin):
             {key: value for key, value in kwargs.items() if key in options},
         )
 
-    def _flatten_conversation(self, messages) -> tuple[list[dict], list]:
-        """-> messages whose content is a string with one `<vid_patch>` per video, and the videos that were given."""
+    def _flatten_conversation(self, messages) -> tuple[list[dict], list, list[dict]]:
+        """-> messages as text with one `<vid_patch>` per video; the videos given; the options of each place."""
         flat: list[dict] = []
         videos: list = []
+        options: list[dict] = []
         for message in getattr(messages, "messages", messages):
             if not isinstance(message, Mapping) or "role" not in message:
                 raise ValueError(f'a message must be a dict with "role" and "content", not {message!r:.80}')
             strings = self._special_strings(of_answer=message["role"] == "assistant")
-            content = self._flatten_content(message.get("content"), strings, videos)
+            content = self._flatten_content(message.get("content"), strings, videos, options)
             flat.append({**{k: v for k, v in message.items() if v is not None}, "content": content})
-        return flat, videos
+        return flat, videos, options
 
-    def _flatten_content(self, content, special_strings: list[str], videos: list) -> str:
+    def _flatten_content(self, content, special_strings: list[str], videos: list, options: list[dict]) -> str:
         if content is None or isinstance(content, str):
             return escape(content or "", special_strings)
         if not isinstance(content, (list, tuple)):
@@ -510,6 +522,7 @@ class LongVLMProcessor(ProcessorMixin):
             kind, value = _read_part(part)
             if kind == "video":
                 pieces.append(None)
+                options.append(self._video_options(part))
                 if value is not None:
                     videos.append(value)
             elif pieces and pieces[-1] is not None:

@@ -135,14 +135,36 @@ def iter_video(
     with open_source(video) as source, open_animation(source) as animation:
         if animation is not None:
             yield from _read_animation(animation, job)
-        elif source.is_directory:
-            yield from _read_pictures(source, list_frame_files(source), job)
-        elif source.is_picture:
-            yield from _read_pictures(source, [source.path], job)
-        elif av is None:
-            raise ImportError("decoding video needs PyAV, which is not installed; run: pip install av")
+        elif source.is_directory or source.is_picture:
+            yield from _read_pictures(source, job)
         else:
+            _check_pyav()
             yield from _decode_file(source, job)
+
+
+def probe_video(video) -> FrameMetadata:
+    """What is known about a video without decoding its frames.
+
+    Args:
+        video: as in `decode_video`.
+    Returns:
+        `FrameMetadata` without `frames_indices`: number of frames, frame rate, size and duration, and the time of each
+        frame in `source_timestamps`. `LongVLMVideoProcessor.sample_frames` takes it.
+    Raises:
+        VideoDecodeError: the video cannot be opened, or has no frames.
+    """
+    with open_source(video) as source, open_animation(source) as animation:
+        if animation is not None:
+            return _describe_animation(animation)
+        if source.is_directory or source.is_picture:
+            return _describe_pictures(source, _picture_files(source))
+        _check_pyav()
+        return _open_index(source, allow_header=True)[1]
+
+
+def _check_pyav() -> None:
+    if av is None:
+        raise ImportError("decoding video needs PyAV, which is not installed; run: pip install av")
 
 
 @dataclass
@@ -182,10 +204,18 @@ class _Job:
 # --- pictures ---
 
 
-def _read_pictures(source: VideoSource, files: list[str], job: _Job) -> Iterator[DecodedVideo]:
-    name = None if source.is_directory else source.name
-    height, width = read_picture(files[0], name).shape[:2]
-    metadata = FrameMetadata(total_num_frames=len(files), width=width, height=height, video_backend="pillow")
+def _picture_files(source: VideoSource) -> list[str]:
+    return list_frame_files(source) if source.is_directory else [source.path]
+
+
+def _describe_pictures(source: VideoSource, files: list[str]) -> FrameMetadata:
+    height, width = read_picture(files[0], None if source.is_directory else source.name).shape[:2]
+    return FrameMetadata(total_num_frames=len(files), width=width, height=height, video_backend="pillow")
+
+
+def _read_pictures(source: VideoSource, job: _Job) -> Iterator[DecodedVideo]:
+    files, name = _picture_files(source), None if source.is_directory else source.name
+    metadata = _describe_pictures(source, files)
     for piece in job.pieces(job.choose(metadata)):
         frames = {}
         for target, times in sorted(Counter(piece).items()):
@@ -195,7 +225,7 @@ def _read_pictures(source: VideoSource, files: list[str], job: _Job) -> Iterator
         yield _piece(frames, piece, metadata)
 
 
-def _read_animation(animation: AnimatedPicture, job: _Job) -> Iterator[DecodedVideo]:
+def _describe_animation(animation: AnimatedPicture) -> FrameMetadata:
     times = animation.timestamps()
     height, width = animation.rgb_at(0).shape[:2]
     total, duration = animation.num_frames, float(times[-1])
@@ -208,6 +238,11 @@ def _read_animation(animation: AnimatedPicture, job: _Job) -> Iterator[DecodedVi
         video_backend="pillow",
     )
     metadata.source_timestamps = times[:-1]
+    return metadata
+
+
+def _read_animation(animation: AnimatedPicture, job: _Job) -> Iterator[DecodedVideo]:
+    metadata = _describe_animation(animation)
     for piece in job.pieces(job.choose(metadata)):
         frames = {}
         for target, count in sorted(Counter(piece).items()):

@@ -195,14 +195,15 @@ class LongVLMVideoProcessor(BaseVideoProcessor):
 
     # --- from videos to tensors ---
 
-    def preprocess(self, videos, *, progress=None, **kwargs) -> BatchFeature:
+    def preprocess(self, videos, *, video_options=None, progress=None, **kwargs) -> BatchFeature:
         """
         Args:
             videos: one video or a (nested) list of them. A video is a path, a URL, bytes, a file object, a directory
                 of pictures, a list of frames (Pillow, NumPy, torch; any size, also grey or RGBA, alpha is
                 dropped), or an array `(T, H, W, C)`, `(T, C, H, W)` or, grey, `(T, H, W)`. A 5D array is a batch.
                 Pixel values are 0 to 255; floats that all lie within 0 to 1 are taken as already rescaled.
-            progress: called as `progress("decode", done, total)` with the frames read of the video at work.
+            video_options: options of single videos, which replace those in `kwargs`: one dict (or `None`) per video.
+            progress: called as `progress("decode", done, total)` with the frames read of the current video.
             video_metadata: of each video that is given as frames: its own `fps`, `total_num_frames`, and in
                 `frames_indices` where the frames given come from. A dict or `VideoMetadata`, or a list of them.
             kwargs: any option of the processor; `num_frames` and `fps` exclude each other.
@@ -220,13 +221,20 @@ class LongVLMVideoProcessor(BaseVideoProcessor):
         options = self._options(kwargs)
         sources = flatten_videos(videos)
         metadata = _match_metadata(metadata, len(sources))
-        decoded = []
-        for source, described in zip(sources, metadata, strict=True):
-            (video,) = self._load(source, described, options, progress)
+        if video_options is None:
+            video_options = [None] * len(sources)
+        if len(video_options) != len(sources):
+            raise ValueError(f"{len(sources)} videos, but video_options has {len(video_options)} entries")
+        decoded, options_used = [], []
+        for source, described, own in zip(sources, metadata, video_options, strict=True):
+            own = dict(own or {})
+            described = own.pop("video_metadata", described)
+            options_used.append(self._options(_replace_options(kwargs, own)) if own else options)
+            (video,) = self._load(source, described, options_used[-1], progress)
             decoded.append(video)
 
         counts = torch.tensor([len(video.frames) for video in decoded])
-        pixels = self._stack(decoded, int(counts.max()), options)
+        pixels = self._stack(decoded, int(counts.max()), options_used)
         features = BatchFeature({"pixel_values_videos": pixels, "num_frames": counts}, tensor_type=return_tensors)
         if options["return_metadata"]:
             features["video_metadata"] = [video.metadata for video in decoded]
@@ -258,7 +266,7 @@ class LongVLMVideoProcessor(BaseVideoProcessor):
         sources = flatten_videos([video])
         (metadata,) = _match_metadata(metadata, len(sources))
         for piece in self._load(sources[0], metadata, options, progress, frames_per_piece):
-            pixel_values = self._stack([piece], len(piece.frames), options)[0]
+            pixel_values = self._stack([piece], len(piece.frames), [options])[0]
             yield VideoPiece(pixel_values, piece.metadata.timestamps, piece.metadata.duration)
 
     def open_video(self, video) -> VideoSource:
@@ -356,8 +364,8 @@ class LongVLMVideoProcessor(BaseVideoProcessor):
                 frame = self.resize(frame, SizeDict(height=covering[0], width=covering[1]), resample)
         return self.center_crop(frame, size)
 
-    def _stack(self, decoded: list[DecodedVideo], max_frames: int, options: dict) -> torch.Tensor:
-        """Rescale, normalise and pad: float32 `(videos, max_frames, 3, H, W)`."""
+    def _stack(self, decoded: list[DecodedVideo], max_frames: int, options_used: list[dict]) -> torch.Tensor:
+        """Rescale, normalise and pad, each video with its options: float32 `(videos, max_frames, 3, H, W)`."""
         shapes = {tuple(frame.shape) for video in decoded for frame in video.frames}
         if len(shapes) > 1:
             raise ValueError(
@@ -365,7 +373,7 @@ class LongVLMVideoProcessor(BaseVideoProcessor):
             )
         device = decoded[0].frames[0].device
         pixels = torch.zeros(len(decoded), max_frames, *shapes.pop(), dtype=torch.float32, device=device)
-        for row, video in enumerate(decoded):
+        for row, (video, options) in enumerate(zip(decoded, options_used, strict=True)):
             # in pieces, so that no second float copy of the whole video exists
             for start in range(0, len(video.frames), 32):
                 frames = torch.stack([frame.to(torch.float32) for frame in video.frames[start : start + 32]])
@@ -394,6 +402,13 @@ def _middles(total: int, count: int) -> np.ndarray:
     """The middles of `count` equal ranges of frames 0 to `total` - 1 (released code; rounds half to even)."""
     edges = np.round((total - 1) / count * np.arange(count + 1)).astype(np.int64)
     return (edges[:-1] + edges[1:]) // 2
+
+
+def _replace_options(kwargs: dict, own: dict) -> dict:
+    """`kwargs` with `own` over them; a frame count replaces a frame rate, and the other way round."""
+    if "num_frames" in own or "fps" in own:
+        kwargs = {name: value for name, value in kwargs.items() if name not in ("num_frames", "fps")}
+    return {**kwargs, **own}
 
 
 def _size_as_output(kwargs: dict) -> dict:

@@ -70,6 +70,7 @@ def encode_chat(
             messages,
             chat_template=template,
             tokenize=True,
+            return_dict=True,
             return_assistant_tokens_mask=True,
             num_video_tokens=list(token_counts),
         )

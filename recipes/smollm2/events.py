@@ -1,8 +1,6 @@
-"""What the language model sees: single events of unseen stories, told by it in words, and how many words are right."""
+"""What the language model sees: it describes single events of unseen stories, and the right words are counted."""
 
 from typing import Any
-
-import torch
 
 from longvlm.evaluation.storyline import (
     ACTIONS,
@@ -27,38 +25,34 @@ CHANCE = {
 }
 
 
-@torch.no_grad()
-def tell_events(model, processor, num_stories: int, num_frames: int, *, swapped: bool = False) -> dict[str, Any]:
+def tell_events(engine, num_stories: int, num_frames: int, *, swapped: bool = False) -> dict[str, Any]:
     """
     Args:
-        num_stories: of split test, whose combinations of colour, shape and action were not trained on.
+        engine: a `LongVLMEngine`.
+        num_stories: number of stories of split test, whose combinations of colour, shape and action are new.
+        num_frames: number of frames per story.
         swapped: show events of the next story instead.
 
     Returns:
-        `count` of events, and the part of them whose scene, colour, shape, action was told rightly, and all four.
+        `count` of events, and the fraction of them whose scene, colour, shape and action were right, and all four.
     """
-    k, m = model.config.frames_per_segment, model.config.tokens_per_segment
+    k, m = engine.model.config.frames_per_segment, engine.model.config.tokens_per_segment
+    size = engine.processor.video_processor.size["height"]
     right: dict[str, list[bool]] = {name: [] for name in (*CHANCE, "all")}
     for index in range(num_stories):
         story, shown = (make_story(story_seed("test", index + offset)) for offset in (0, int(swapped)))
-        frames = frames_at(shown, middle_times(shown, num_frames), size=processor.video_processor.size["height"])
-        whole = model.encode_video(processor.video_processor.iter_pixel_values(frames, do_sample_frames=False))
+        frames = frames_at(shown, middle_times(shown, num_frames), size=size)
+        whole = engine.encode(frames, do_sample_frames=False)
         windows, seen = (windows_of(one, num_frames // k, 1, one.seed) for one in (story, shown))
         chosen = [seen[number % len(seen)] for number in range(len(windows))]
-        pieces = tuple(whole.local_features[0][start * m : end * m] for start, end in chosen)
-        chat = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": TELL}]}]
-        inputs = processor(
-            text=processor.apply_chat_template([chat] * len(pieces), add_generation_prompt=True, tokenize=False),
-            num_video_tokens=[len(piece) + model.config.num_global_tokens for piece in pieces],
-            padding=True,
-            padding_side="left",
-            return_tensors="pt",
-        )
-        features = LongVLMVideoFeatures(
-            local_features=pieces, global_features=whole.global_features.expand(len(pieces), -1, -1)
-        )
-        generated = model.generate(**inputs, video_features=features, max_new_tokens=16, do_sample=False)
-        answers = processor.batch_decode(generated[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        conversations = []
+        for start, end in chosen:
+            event = LongVLMVideoFeatures(
+                local_features=(whole.local_features[0][start * m : end * m],), global_features=whole.global_features
+            )
+            content = [{"type": "video", "video": event}, {"type": "text", "text": TELL}]
+            conversations.append([{"role": "user", "content": content}])
+        answers = engine.generate(conversations, max_new_tokens=16, do_sample=False)
         for (start, end), answer in zip(windows, answers, strict=True):
             piece = piece_of(story, num_frames, start * k, end * k)
             (event,) = piece.events

@@ -34,7 +34,7 @@ from longvlm.conversion.assemble import assemble
 from longvlm.evaluation.storyline import KINDS, Story, chance_levels, make_questions, make_story, story_seed
 from longvlm.evaluation.storyline.blind import questions_of
 from longvlm.evaluation.storyline.questions import DOES
-from longvlm.evaluation.storyline.scoring import score
+from longvlm.evaluation.storyline.scoring import score, show_progress
 from longvlm.features.extract import extract_features
 from longvlm.features.store import FeatureReader, FeatureWriter
 from longvlm.training.train import parse_arguments, train
@@ -196,11 +196,11 @@ def encode(out: Path, num_stories: int, num_frames: int) -> dict[str, Any]:
 
     The global tokens of a piece are the whole story's.
     """
-    model, processor = load(out / "model")
+    engine = longvlm.load(out / "model", dtype=torch.bfloat16)
     videos = StoryVideos("train", range(num_stories), num_frames)
     options = {"do_sample_frames": False}
     report = extract_features(
-        videos, out / "features", model=model, processor=processor, video_options=options, progress=True
+        videos, out / "features", model=engine.model, processor=engine.processor, video_options=options, progress=True
     )
     whole, tokens = FeatureReader(out / "features"), METHOD["tokens_per_segment"]
     with FeatureWriter(out / "pieces", num_global_layers=whole.num_global_layers, metadata=whole.metadata) as writer:
@@ -262,11 +262,6 @@ def fine_tune(out: Path, name: str, *, steps: int, rate: float, options: argpars
     }
 
 
-def load(folder: Path):
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.bfloat16).eval()
-    return model, AutoProcessor.from_pretrained(folder)
-
-
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """All stages; returns what stands in `results.json`."""
     out = options.out
@@ -295,16 +290,19 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     for name, (checkpoint, swapped) in EVENTS.items():
 
         def tell(checkpoint: str = checkpoint, swapped: bool = swapped) -> dict[str, Any]:
-            return tell_events(*load(out / checkpoint), options.test_stories, options.frames, swapped=swapped)
+            engine = longvlm.load(out / checkpoint, dtype=torch.bfloat16)
+            return tell_events(engine, options.test_stories, options.frames, swapped=swapped)
 
         stages.do("events", name, tell)
     for name, (checkpoint, video) in SCORES.items():
 
-        def ask(checkpoint: str = checkpoint, video: str = video) -> dict[str, Any]:
-            return score(
-                *load(out / checkpoint), "test", options.test_stories, num_frames=options.frames, video=video,
-                max_new_tokens=16, progress=True,
-            )  # fmt: skip
+        def ask(name: str = name, checkpoint: str = checkpoint, video: str = video) -> dict[str, Any]:
+            engine = longvlm.load(out / checkpoint, dtype=torch.bfloat16)
+            with show_progress(name) as progress:
+                return score(
+                    engine, "test", options.test_stories, num_frames=options.frames, video=video,
+                    max_new_tokens=16, progress=progress,
+                )  # fmt: skip
 
         stages.do("scores", name, ask)
     stages.save()

@@ -19,10 +19,10 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
-from longvlm.evaluation.storyline.scoring import score
+import longvlm
+from longvlm.evaluation.storyline.scoring import score, show_progress
 from longvlm.files import output_folder
 from recipes.tiny.card import card_text
 from recipes.tiny.language import LanguageWithHeads, is_trained, train_language
@@ -180,9 +180,10 @@ def measure(checkpoint: Path, file: Path, scores) -> dict:
     if file.exists() and (before := json.loads(file.read_text(encoding="utf-8"))).get("weights") == weights:
         known = before["results"]
     if missing := [name for name in scores if name not in known]:
-        model = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype="auto").eval()
-        processor = AutoProcessor.from_pretrained(checkpoint)
-        known |= {name: score(model, processor, "test", progress=True, **scores[name]) for name in missing}
+        engine = longvlm.load(checkpoint)
+        for name in missing:
+            with show_progress(name) as progress:
+                known[name] = score(engine, "test", progress=progress, **scores[name])
     results = {name: known[name] for name in scores}
     file.write_text(json.dumps({"weights": weights, "results": results}, indent=1) + "\n", encoding="utf-8")
     return results

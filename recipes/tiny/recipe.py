@@ -110,19 +110,13 @@ def make_config(vision: CLIPVisionModel, tokenizer, *, width: int = 192, **metho
 
 
 def make_processor(config: LongVLMConfig, tokenizer, num_frames: int = NUM_FRAMES) -> LongVLMProcessor:
-    return LongVLMProcessor(
-        video_processor=LongVLMVideoProcessor(
-            num_frames=num_frames,
-            size={"height": FRAME_SIZE, "width": FRAME_SIZE},
-            image_mean=[MEAN] * 3,
-            image_std=[STD] * 3,
-        ),
-        tokenizer=tokenizer,
-        frames_per_segment=config.frames_per_segment,
-        tokens_per_segment=config.tokens_per_segment,
-        num_global_tokens=config.num_global_tokens,
-        patches_per_frame=config.patches_per_frame,
+    video_processor = LongVLMVideoProcessor(
+        num_frames=num_frames,
+        size={"height": FRAME_SIZE, "width": FRAME_SIZE},
+        image_mean=[MEAN] * 3,
+        image_std=[STD] * 3,
     )
+    return LongVLMProcessor.from_config(config, tokenizer, video_processor)
 
 
 def make_model(config: LongVLMConfig, vision: CLIPVisionModel, seed: int = 0) -> LongVLMForConditionalGeneration:

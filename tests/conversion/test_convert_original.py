@@ -74,6 +74,7 @@ def check_golden(folder, numbers, names=tuple(CASES)):
             [{"role": "user", "content": content}],
             add_generation_prompt=True,
             tokenize=True,
+            return_dict=True,
             return_tensors="pt",
             num_video_tokens=case["num_video_tokens"],
         )

@@ -96,13 +96,10 @@ def tiny_processor(config, *, tokenizer=None, **video_options):
 
     side = config.vision_config.image_size
     values = {"num_frames": 8, "size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
-    return LongVLMProcessor(
-        video_processor=LongVLMVideoProcessor(**{**values, **video_options}),
-        tokenizer=tokenizer if tokenizer is not None else tiny_tokenizer(),
-        frames_per_segment=config.frames_per_segment,
-        tokens_per_segment=config.tokens_per_segment,
-        num_global_tokens=config.num_global_tokens,
-        patches_per_frame=config.patches_per_frame,
+    return LongVLMProcessor.from_config(
+        config,
+        tokenizer if tokenizer is not None else tiny_tokenizer(),
+        LongVLMVideoProcessor(**{**values, **video_options}),
     )
 
 

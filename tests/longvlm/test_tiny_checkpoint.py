@@ -18,13 +18,11 @@ FLOOR, FLOOR_LONG = 0.87, 0.78
 
 @pytest.fixture(scope="module")
 def tiny():
-    folder = longvlm.tiny_checkpoint()
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto").eval()
-    return model, AutoProcessor.from_pretrained(folder)
+    return longvlm.load(longvlm.tiny_checkpoint())
 
 
 def test_answers_about_stories_it_never_saw(tiny):
-    result = score(*tiny, "test", 20, per_kind=2)
+    result = score(tiny, "test", 20, per_kind=2)
     assert result["count"] > 300
     assert result["accuracy"] > FLOOR, result
     assert result["unparsed"] < 0.02
@@ -32,12 +30,12 @@ def test_answers_about_stories_it_never_saw(tiny):
 
 def test_looks_at_the_video(tiny):
     """With another story's video it is hardly better than chance, which is 17 %."""
-    assert score(*tiny, "test", 12, video="swapped")["accuracy"] < 0.4
+    assert score(tiny, "test", 12, video="swapped")["accuracy"] < 0.4
 
 
 @pytest.mark.slow
 def test_answers_about_a_thousand_frames(tiny):
-    result = score(*tiny, "test", 10, num_frames=1000)
+    result = score(tiny, "test", 10, num_frames=1000)
     assert result["accuracy"] > FLOOR_LONG, result
 
 
@@ -49,7 +47,7 @@ def test_a_video_file_is_answered_as_its_frames_are(tiny, tmp_path):
     pipe = pipeline("video-question-answering", model=longvlm.tiny_checkpoint())
     questions = storyline.make_questions(story)
     from_file = [pipe(video=str(file), question=question.question)["answer"] for question in questions]
-    from_frames = [answer for _, answer in answer_stories(*tiny, "test", 1, first=3)]
+    from_frames = [answer for _, answer in answer_stories(tiny, "test", 1, first=3)]
     same = sum(a == b for a, b in zip(from_file, from_frames, strict=True))
     assert same >= len(questions) - 2, list(zip(from_file, from_frames, strict=True))
 

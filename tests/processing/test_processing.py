@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from longvlm import LongVLMProcessor, LongVLMVideoProcessor
+from tests.helpers.tiny_models import tiny_config
 from tests.helpers.tokenizers_for_tests import FIXTURES, byte_level_tokenizer, original_tokenizer, unigram_tokenizer
 
 PROMPTS = json.loads((FIXTURES / "prompts.json").read_text())
@@ -358,9 +359,11 @@ def test_a_built_in_template_ends_answers_with_the_tokenizers_end_token(byte_lev
 
 def test_the_begin_token_stands_once_whoever_writes_it(original):
     chat = [{"role": "user", "content": "a"}]
-    by_tokenizer = original.apply_chat_template(chat, "{{ messages[0].content }}", tokenize=True)["input_ids"][0]
+    by_tokenizer = original.apply_chat_template(chat, "{{ messages[0].content }}", tokenize=True, return_dict=True)[
+        "input_ids"
+    ][0]
     template = "{{ bos_token + messages[0].content }}"
-    by_template = original.apply_chat_template(chat, template, tokenize=True)["input_ids"][0]
+    by_template = original.apply_chat_template(chat, template, tokenize=True, return_dict=True)["input_ids"][0]
     called = original(original.apply_chat_template(chat, template))["input_ids"][0]
     assert by_template == called == by_tokenizer
     assert by_template[0] == original.tokenizer.bos_token_id
@@ -394,7 +397,12 @@ def test_tokenize_loads_the_videos_of_the_conversation(byte_level, tmp_path):
     pictures = [str(tmp_path / f"{i}.png") for i in range(4)]
     for conversation in (*by_path, ask(video(4), "video", "?"), ask(pictures, "video", "?")):
         out = byte_level.apply_chat_template(
-            conversation, tokenize=True, return_tensors="pt", load_audio_from_video=True, add_generation_prompt=True
+            conversation,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            load_audio_from_video=True,
+            add_generation_prompt=True,
         )
         assert places(byte_level, out["input_ids"]) == [5]
         expected = byte_level("<video>", video(4), return_tensors="pt")["pixel_values_videos"]
@@ -405,16 +413,67 @@ def test_tokenize_loads_the_videos_of_the_conversation(byte_level, tmp_path):
 
 def test_open_ai_style_parts_are_understood(byte_level):
     chat = [{"role": "user", "content": [{"type": "video_url", "video_url": {"url": video(4)}}]}]
-    assert places(byte_level, byte_level.apply_chat_template(chat, tokenize=True)["input_ids"]) == [5]
+    assert places(byte_level, byte_level.apply_chat_template(chat, tokenize=True, return_dict=True)["input_ids"]) == [
+        5
+    ]
 
 
 def test_places_without_a_source_take_videos_or_counts_given_beside_them(byte_level):
-    by_count = byte_level.apply_chat_template(ASK, tokenize=True, num_video_tokens=[5])
-    by_video = byte_level.apply_chat_template(ASK, tokenize=True, videos=[video(4)])
+    by_count = byte_level.apply_chat_template(ASK, tokenize=True, return_dict=True, num_video_tokens=[5])
+    by_video = byte_level.apply_chat_template(ASK, tokenize=True, return_dict=True, videos=[video(4)])
     assert by_count["input_ids"] == by_video["input_ids"]
     assert by_video["num_frames"].tolist() == [4]
     with pytest.raises(ValueError, match=r"1 place\(s\) .* 0 video\(s\)"):
         byte_level.apply_chat_template(ASK, tokenize=True)
+
+
+def test_options_of_a_video_may_stand_in_its_part(byte_level):
+    def part(frames, **options):
+        return {"type": "video", "video": frames, **options}
+
+    metadata = {"fps": 2.0, "total_num_frames": 6}
+    chat = [
+        {
+            "role": "user",
+            "content": [
+                part(video(9), num_frames=4),
+                part(video(9, 1)),
+                part(video(6), fps=1, video_metadata=metadata),
+            ],
+        }
+    ]
+    for shared in ({}, {"num_frames": 8}):
+        out = byte_level.apply_chat_template(chat, tokenize=True, return_dict=True, return_tensors="pt", **shared)
+        assert out["num_frames"].tolist() == [4, shared.get("num_frames", 9), 3]
+        counts = [byte_level.num_video_tokens(frames) for frames in out["num_frames"].tolist()]
+        assert sum(places(byte_level, out["input_ids"])) == sum(counts)
+    alone = byte_level.video_processor(video(9), num_frames=4, return_tensors="pt")["pixel_values_videos"][0]
+    assert torch.equal(out["pixel_values_videos"][0, :4], alone)
+    bare = [{"role": "user", "content": [{"type": "video", "num_frames": 4}, {"type": "video"}]}]
+    out = byte_level.apply_chat_template(bare, tokenize=True, return_dict=True, videos=[video(9), video(9)])
+    assert out["num_frames"].tolist() == [4, 9]
+    with pytest.raises(ValueError, match="colour"):
+        byte_level.apply_chat_template([{"role": "user", "content": [part(video(4), colour=1)]}])
+
+
+@given(
+    st.integers(1, 70), st.integers(1, 12), st.integers(1, 40), st.integers(0, 4), st.booleans(),
+    st.sampled_from(["prefix", "suffix", "none"]),
+)  # fmt: skip
+@settings(deadline=None)
+def test_model_and_processor_count_video_tokens_alike(frames, k, m, layers, delimiters, placement):
+    config = tiny_config(
+        frames_per_segment=k, tokens_per_segment=m, num_global_layers=min(layers, 2), global_placement=placement,
+        video_delimiters=delimiters,
+    )  # fmt: skip
+    processor = LongVLMProcessor.from_config(config, make_processor().tokenizer)
+    count = config.num_video_tokens(frames)
+    assert processor.num_video_tokens(frames) == count
+    assert processor.segment_length(frames) == config.segment_length(frames)
+    assert processor.total_video_tokens(7) == config.total_video_tokens(7)
+    ids = processor("<video>", video(frames))["input_ids"][0]
+    assert ids.count(processor.video_token_id) == count
+    assert (processor.video_start_token_id in ids) == (processor.video_end_token_id in ids) == delimiters
 
 
 def test_a_batch_of_conversations(byte_level):
@@ -422,17 +481,19 @@ def test_a_batch_of_conversations(byte_level):
     chats.append(ask(video(9, 1)))
     prompts = byte_level.apply_chat_template(chats)
     assert [prompt.count("<vid_patch>") for prompt in prompts] == [1, 0, 1]
-    out = byte_level.apply_chat_template(chats, tokenize=True, return_tensors="pt")
+    out = byte_level.apply_chat_template(chats, tokenize=True, return_dict=True, return_tensors="pt")
     assert places(byte_level, out["input_ids"]) == [5, 0, 11]
     assert out["num_frames"].tolist() == [4, 9]
-    ids = byte_level.apply_chat_template(chats, tokenize=True, return_tensors="pt", return_dict=False)
+    ids = byte_level.apply_chat_template(chats, tokenize=True, return_tensors="pt")
     assert torch.equal(ids, out["input_ids"])
 
 
 def test_options_of_the_call_may_stand_among_the_templates_variables(byte_level):
     template = "{{ mood }}{{ messages[0].content }}"
     for options in ({"num_frames": 4}, {"processor_kwargs": {"num_frames": 4}}):
-        out = byte_level.apply_chat_template(ask(video(9)), template, tokenize=True, mood="Gladly: ", **options)
+        out = byte_level.apply_chat_template(
+            ask(video(9)), template, tokenize=True, return_dict=True, mood="Gladly: ", **options
+        )
         assert out["num_frames"].tolist() == [4]
         assert byte_level.decode(out["input_ids"][0]).startswith("Gladly: <vid_start>")
 
@@ -456,9 +517,11 @@ def test_the_assistant_mask_covers_answers_and_their_end(processor, template):
     chat = [*ask(video(9)), {"role": "assistant", "content": answers[0]}]
     chat += [*ask(video(4), text="</s>Really?"), {"role": "assistant", "content": answers[1]}]
     short = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
-    options = {"tokenize": True, "return_assistant_tokens_mask": True, "chat_template": template}
+    options = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True, "chat_template": template}
     out = processor.apply_chat_template([chat, short], return_tensors="pt", **options)
     assert out["assistant_masks"].shape == out["input_ids"].shape
+    with pytest.raises(ValueError, match="return_dict=True"):
+        processor.apply_chat_template(short, **{**options, "return_dict": False})
     assert "offset_mapping" not in out and "text_replacement_offsets" not in out
     end = processor.tokenizer.eos_token
     for row, expected in enumerate([[answers[0] + end, answers[1] + end], ["Ho" + end]]):
@@ -511,8 +574,12 @@ def special_ids(processor) -> set[int]:
 @pytest.mark.parametrize("template", [None, "vicuna_v1_1"])
 def test_typed_special_tokens_are_text(processor, text, template):
     plain = text.replace("\U0010fffd", "")
-    harmless = processor.apply_chat_template(ask(video(4), text="Why?"), template, tokenize=True)["input_ids"][0]
-    once = processor.apply_chat_template(ask(video(4), text=text), template, tokenize=True)["input_ids"][0]
+    harmless = processor.apply_chat_template(ask(video(4), text="Why?"), template, tokenize=True, return_dict=True)[
+        "input_ids"
+    ][0]
+    once = processor.apply_chat_template(ask(video(4), text=text), template, tokenize=True, return_dict=True)[
+        "input_ids"
+    ][0]
     assert sorted(i for i in once if i in special_ids(processor)) == sorted(
         i for i in harmless if i in special_ids(processor)
     )
@@ -534,13 +601,13 @@ def test_typed_parts_do_not_join_to_a_special_token(byte_level):
         {"type": "text", "text": "tch>"},
         {"type": "video", "video": video(4)},
     ]
-    out = byte_level.apply_chat_template([{"role": "user", "content": content}], tokenize=True)
+    out = byte_level.apply_chat_template([{"role": "user", "content": content}], tokenize=True, return_dict=True)
     assert places(byte_level, out["input_ids"]) == [5]
 
 
 def test_answers_and_system_texts_are_text_but_keep_common_added_words(byte_level):
     chat = [{"role": role, "content": "<vid_patch><think>"} for role in ("system", "user", "assistant")]
-    ids = byte_level.apply_chat_template(chat, tokenize=True)["input_ids"][0]
+    ids = byte_level.apply_chat_template(chat, tokenize=True, return_dict=True)["input_ids"][0]
     assert byte_level.video_token_id not in ids
     assert ids.count(byte_level.tokenizer.convert_tokens_to_ids("<think>")) == 1
 
@@ -604,7 +671,11 @@ def test_any_typed_text_leaves_exactly_the_tokens_of_the_videos(processor, texts
             content.append({"type": "video"})
             counts.append(data.draw(st.integers(1, 4)))
     out = processor.apply_chat_template(
-        [{"role": "user", "content": content}], tokenize=True, num_video_tokens=counts, add_generation_prompt=True
+        [{"role": "user", "content": content}],
+        tokenize=True,
+        return_dict=True,
+        num_video_tokens=counts,
+        add_generation_prompt=True,
     )
     ids = out["input_ids"][0]
     assert ids.count(processor.video_token_id) == sum(counts)
@@ -630,7 +701,9 @@ def test_saved_and_loaded_it_is_the_same(processor, tmp_path):
     assert len(loaded.tokenizer) == len(processor.tokenizer)
     assert loaded.tokenizer.padding_side == "left"
     chat = ask(video(9), text="What </s> is <vid_patch>?")
-    old, new = (p.apply_chat_template(chat, tokenize=True, return_tensors="pt") for p in (processor, loaded))
+    old, new = (
+        p.apply_chat_template(chat, tokenize=True, return_dict=True, return_tensors="pt") for p in (processor, loaded)
+    )
     assert all(torch.equal(old[name], new[name]) for name in old)
     loaded.save_pretrained(tmp_path / "again")
     assert described(LongVLMProcessor.from_pretrained(tmp_path / "again")) == described(loaded)

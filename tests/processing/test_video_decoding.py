@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from longvlm.processing import video_decoding
-from longvlm.processing.video_decoding import decode_video, is_torchcodec_usable
+from longvlm.processing.video_decoding import decode_video, is_torchcodec_usable, probe_video
 from tests.helpers import real_data, video_files
 from tests.helpers.video_files import CONTAINERS, numbered_frame, read_number, write_container, write_video
 
@@ -159,6 +159,37 @@ def test_metadata_describes_the_source(container_file):
     assert (metadata.total_num_frames, metadata.fps, metadata.duration) == (COUNT, 25.0, 6.0)
     assert (metadata.width, metadata.height) == (video_files.WIDTH, video_files.HEIGHT)
     assert metadata["timestamps"] == [0.4, 0.8]
+
+
+@pytest.mark.parametrize("kind", ["mp4", "mkv", "mp4 with variable frame rate", "ts"])
+def test_a_probe_tells_what_decoding_tells(container_file, kind, monkeypatch):
+    path = container_file(kind)
+    decoded = decode_video(path, take(3)).metadata
+    monkeypatch.setattr(video_decoding, "_read_frames", lambda *args: pytest.fail("no frame is decoded"))
+    for video in (path, Path(path).read_bytes()):
+        probed = probe_video(video)
+        assert probed.frames_indices is None and probed.timestamps is None
+        for name in ("total_num_frames", "fps", "width", "height", "duration"):
+            assert probed[name] == decoded[name], name
+        np.testing.assert_array_equal(probed.source_timestamps, decoded.source_timestamps)
+
+
+def test_a_probe_of_pictures_and_of_what_is_no_video(tmp_path):
+    frames = [Image.fromarray(numbered_frame(number)) for number in range(3)]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:], duration=[40, 60, 100])
+    probed = probe_video(tmp_path / "a.gif")
+    assert (probed.total_num_frames, probed.duration) == (3, 0.2)
+    (tmp_path / "pictures").mkdir()
+    for number, frame in enumerate(frames):
+        frame.save(tmp_path / "pictures" / f"{number}.png")
+    for video, count in ((tmp_path / "pictures", 3), (tmp_path / "pictures" / "1.png", 1)):
+        probed = probe_video(video)
+        assert (probed.total_num_frames, probed.width, probed.height) == (count, *frames[0].size)
+        assert probed.fps is probed.duration is None
+    (tmp_path / "text.mp4").write_text("not a video")
+    for missing in ("text.mp4", "missing.mp4"):
+        with pytest.raises(video_decoding.VideoDecodeError, match=missing):
+            probe_video(tmp_path / missing)
 
 
 def test_seeking_decodes_few_frames(tmp_path, monkeypatch):

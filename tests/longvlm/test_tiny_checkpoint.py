@@ -6,7 +6,7 @@ The floors lie below what its model card says of all stories, by more than such 
 import json
 
 import pytest
-from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
+from transformers import pipeline
 
 import longvlm
 from longvlm.evaluation import storyline
@@ -56,7 +56,7 @@ def test_saved_again_it_brings_its_code(tiny, tmp_path):
     """The bundled one has none: the package is there. On the Hub it must."""
     folder = longvlm.tiny_checkpoint()
     assert not list(folder.glob("*.py"))
-    model, processor = tiny
+    model, processor = tiny.model, tiny.processor
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     assert (tmp_path / "modeling_longvlm.py").is_file()

@@ -1,6 +1,6 @@
 """Animated GIF, WebP and PNG, read with Pillow.
 
-FFmpeg takes some GIFs for a single frame (those without delays) and every animated WebP or PNG for a still picture.
+FFmpeg takes GIFs without delays for a single frame, and every animated WebP or PNG for a still picture.
 """
 
 from collections.abc import Iterator
@@ -12,12 +12,12 @@ from PIL import Image
 from .video_sources import VideoDecodeError, VideoSource, picture_to_rgb
 
 _MAGIC = (b"GIF87a", b"GIF89a", b"RIFF", b"\x89PNG")
-# What viewers take where the file says nothing.
+# What viewers use if the file gives no duration.
 _DEFAULT_SECONDS = 0.1
 
 
 class AnimatedPicture:
-    """Frames of an animation in order; going back starts anew."""
+    """Frames of an animation in order; going back starts over."""
 
     def __init__(self, source: VideoSource, image: Image.Image):
         self.source, self.image = source, image
@@ -27,10 +27,10 @@ class AnimatedPicture:
         return self.image.n_frames
 
     def timestamps(self) -> np.ndarray:
-        """When each frame is shown, in seconds from the start, and after them when the last one ends."""
+        """When each frame is shown, in seconds from the start, followed by the end of the last one."""
         seconds = [0.0]
         for number in range(self.num_frames):
-            self.rgb_at(number)  # WebP tells the duration of what it has read
+            self.rgb_at(number)  # WebP gives the duration of the frame it has read
             milliseconds = self.image.info.get("duration") or 1000 * _DEFAULT_SECONDS
             seconds.append(seconds[-1] + float(milliseconds) / 1000)
         return np.array(seconds)
@@ -52,7 +52,7 @@ class AnimatedPicture:
 
 @contextmanager
 def open_animation(source: VideoSource) -> Iterator[AnimatedPicture | None]:
-    """The animation, or `None` if the source is something else, a still picture among them."""
+    """The animation, or `None` if the source is anything else, such as a still picture."""
     if source.is_directory or not _may_be_animated(source):
         yield None
         return
@@ -60,7 +60,7 @@ def open_animation(source: VideoSource) -> Iterator[AnimatedPicture | None]:
         image = Image.open(source.open())
         animated = getattr(image, "is_animated", False)
     except (OSError, SyntaxError, ValueError):
-        yield None  # whoever reads it next says what is wrong
+        yield None  # the next reader reports what is wrong
         return
     with image:
         yield AnimatedPicture(source, image) if animated else None

@@ -1,9 +1,9 @@
-"""The two prompts of the released LongVLM code as Jinja chat templates, to the letter.
+"""The two prompts of the released LongVLM code as Jinja chat templates, character by character.
 
-`vicuna_v1_1` is the one it trains with, `long_vlm_v1` the one it evaluates with; they differ in the system text only.
-Layout: system text, a space, then for each turn `ROLE: message` with a space after the user's and the end token after
-the assistant's. An empty message gives `ROLE:` alone (no space, nothing after it), as in the released code.
-The `generation` blocks mark what a model is trained to say: the answer with its leading space and its end token.
+The released code trains with `vicuna_v1_1` and evaluates with `long_vlm_v1`; only their system texts differ.
+Structure: system text, a space, then for each turn `ROLE: message`, with a space after the user's message and the end
+token after the assistant's. An empty message gives `ROLE:` alone, as in the released code.
+The `generation` blocks mark what a model is trained to generate: the answer with its leading space and end token.
 Content is a string here: `LongVLMProcessor.apply_chat_template` turns lists of parts into one beforehand.
 """
 
@@ -11,7 +11,7 @@ VICUNA_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
-# No space between "language." and "Follow": so it is in the released code.
+# No space between "language." and "Follow", as in the released code.
 LONG_VLM_SYSTEM = (
     "You are LongVLM, a large vision-language assistant. "
     "You are able to understand the video content that the user provides, "
@@ -20,7 +20,7 @@ LONG_VLM_SYSTEM = (
 )
 
 # The separator after an answer is the tokenizer's end token; LLaMA's, which the released code writes, is "</s>".
-_LAYOUT = """\
+_TEMPLATE = """\
 {%- set end = eos_token if eos_token is defined and eos_token else '</s>' -%}
 {%- if messages and messages[0].role == 'system' -%}
     {%- set system, turns = messages[0].content, messages[1:] -%}
@@ -55,7 +55,7 @@ _LAYOUT = """\
 
 
 def _with_system(text: str) -> str:
-    return _LAYOUT.replace("SYSTEM_TEXT", '"' + text + '"')
+    return _TEMPLATE.replace("SYSTEM_TEXT", '"' + text + '"')
 
 
 CHAT_TEMPLATES = {"vicuna_v1_1": _with_system(VICUNA_SYSTEM), "long_vlm_v1": _with_system(LONG_VLM_SYSTEM)}

@@ -1,9 +1,9 @@
 """From texts and videos to the model's input: `LongVLMProcessor`.
 
-A prompt holds ONE `<vid_patch>` per video. The processor repeats it, once for each token that the model will put in
-its place: `<vid_start>`, n x `<vid_patch>`, `<vid_end>`. It knows n from the number of frames and four numbers of the
-method (paper section 3), not from the model: the two meet in the checkpoint's JSON files.
-Unusual: text from a person (the content of a chat) is never searched for special tokens; see `text_escaping`.
+A prompt contains ONE `<vid_patch>` per video. The processor repeats it, once for each token that the model puts in its
+place: `<vid_start>`, n x `<vid_patch>`, `<vid_end>`. It computes n from the number of frames and four numbers of the
+method (paper section 3) that a checkpoint stores for the processor as well as for the model.
+Unusual: user text (the content of a chat) is never searched for special tokens; see `text_escaping`.
 """
 
 import re
@@ -29,7 +29,7 @@ VIDEO_ALIAS = "<video>"  # how the released code's data files mark a video
 
 
 class VideoPart(NamedTuple):
-    """A video of a conversation (`None`: a place without one), and the options that stand beside it."""
+    """A video of a conversation (`None`: a place without one), and its options."""
 
     video: Any
     options: dict[str, Any]
@@ -37,22 +37,22 @@ class VideoPart(NamedTuple):
 
 class LongVLMProcessor(ProcessorMixin):
     r"""
-    Makes `input_ids`, `attention_mask`, `pixel_values_videos` and `num_frames` of texts and videos.
+    Turns texts and videos into `input_ids`, `attention_mask`, `pixel_values_videos` and `num_frames`.
 
-    The three video tokens are added to a tokenizer that lacks them (whoever holds the model resizes its embeddings),
+    The three video tokens are added to the tokenizer if they are missing (the caller resizes the model's embeddings),
     a missing pad token becomes the unknown or else the end token, and padding is on the left, as generation needs it.
 
     Args:
         video_processor (`LongVLMVideoProcessor`, *optional*): default: one with its default settings.
-        tokenizer: any tokenizer of transformers.
+        tokenizer: any transformers tokenizer.
         chat_template (`str`, *optional*):
             A Jinja template or the name of a built-in one: `"vicuna_v1_1"` (the original's training prompt) or
             `"long_vlm_v1"` (its evaluation prompt). Default: the tokenizer's own, else `"vicuna_v1_1"`.
-        frames_per_segment (`int`): frames of a segment (K).
-        tokens_per_segment (`int`): tokens that a segment is merged to (M); a segment of fewer patches keeps them all.
-        num_global_tokens (`int`): global tokens of a video (E); 0 if the model uses none.
-        patches_per_frame (`int`): patches of a frame (N).
-        video_delimiters (`bool`): whether `<vid_start>` and `<vid_end>` stand around a video's tokens.
+        frames_per_segment (`int`): number of frames per segment (K).
+        tokens_per_segment (`int`): tokens per segment after merging (M); a segment with fewer patches keeps them all.
+        num_global_tokens (`int`): number of global tokens per video (E); 0 if the model uses none.
+        patches_per_frame (`int`): number of patches per frame (N).
+        video_delimiters (`bool`): whether a video's tokens are enclosed in `<vid_start>` and `<vid_end>`.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class LongVLMProcessor(ProcessorMixin):
     @classmethod
     def from_config(cls, config, tokenizer, video_processor=None, **kwargs) -> "LongVLMProcessor":
         """
-        The processor for a model: how many tokens a video has is the model's to say.
+        The processor that fits a model: it takes the numbers of the method from the model's configuration.
 
         Args:
             config: the model's `LongVLMConfig`.
@@ -130,15 +130,15 @@ class LongVLMProcessor(ProcessorMixin):
 
     # --- how many tokens ---
 
-    # The rule is the model's (`LongVLMConfig`). It stands here once more since a processor travels without the model;
-    # everybody else asks one of the two.
+    # The rule is the model's (`LongVLMConfig`). It is repeated here because a processor is used without the model; all
+    # other code asks one of the two.
 
     def segment_length(self, num_frames: int) -> int:
         """K for a video of `num_frames` frames."""
         return self.frames_per_segment
 
     def num_video_tokens(self, num_frames: int) -> int:
-        """Tokens of a video of `num_frames` frames, without `<vid_start>` and `<vid_end>`."""
+        """Number of tokens of a video of `num_frames` frames, without `<vid_start>` and `<vid_end>`."""
         if num_frames < 1:
             raise ValueError(f"num_frames={num_frames}: a video has at least 1 frame")
         k = self.segment_length(int(num_frames))
@@ -149,15 +149,15 @@ class LongVLMProcessor(ProcessorMixin):
         )
 
     def total_video_tokens(self, num_local_tokens: int) -> int:
-        """Tokens of a video of `num_local_tokens` merged tokens: the global ones come to them."""
+        """Number of tokens of a video with `num_local_tokens` merged tokens: the global ones are added."""
         return num_local_tokens + self.num_global_tokens
 
     def count_video_tokens(self, video_features: Mapping) -> list[int]:
-        """Tokens of each video whose features these are (a mapping with `local_features`, `(L, d)` each)."""
+        """Number of tokens of each video, from its features (a mapping with `local_features`, `(L, d)` each)."""
         return [self.total_video_tokens(len(local)) for local in video_features["local_features"]]
 
     def replace_video_token(self, video_inputs: Mapping, video_idx: int, **kwargs) -> str:
-        """What stands in the prompt for video `video_idx` of the video processor's output."""
+        """The prompt text for video `video_idx` of the video processor's output."""
         counts = video_inputs.get("num_frames")
         num_frames = len(video_inputs["pixel_values_videos"][video_idx]) if counts is None else counts[video_idx]
         return self._video_text(self.num_video_tokens(int(num_frames)))
@@ -167,7 +167,7 @@ class LongVLMProcessor(ProcessorMixin):
         return self.video_start_token + tokens + self.video_end_token if self.video_delimiters else tokens
 
     def _get_num_multimodal_tokens(self, image_sizes=None, video_sizes=None, **kwargs) -> MultiModalData:
-        """For servers. `video_sizes`: `(frames, height, width)` each. They ask about images too: no tokens."""
+        """For inference servers. `video_sizes`: `(frames, height, width)` each. Images have no tokens."""
         data = {}
         if image_sizes is not None:
             data["num_image_tokens"] = [0] * len(image_sizes)
@@ -193,13 +193,13 @@ class LongVLMProcessor(ProcessorMixin):
         Args:
             text (`str` or `list[str]`):
                 Prompts with one `<vid_patch>` (or `<video>`, the original's mark) per video, with or without
-                `<vid_start>` and `<vid_end>` around it. It is searched for special tokens: text that a person typed
-                goes through `escape_special_text` first, or through `apply_chat_template`, which does so.
+                `<vid_start>` and `<vid_end>` around it. It is searched for special tokens, so user text must go
+                through `escape_special_text` first, or through `apply_chat_template`, which does that.
             videos:
-                One video, a list of them in the order of their places, or a list for each text (`[]` or `None` for a
-                text without video). What a video may be: see `LongVLMVideoProcessor`.
+                One video, a list of videos in the order of their places, or a list per text (`[]` or `None` for a text
+                without video). `LongVLMVideoProcessor.preprocess` says what a video can be.
             num_video_tokens (`int` or a sequence of them):
-                Instead of `videos`, where their features were encoded before: the number of tokens of each.
+                Instead of `videos`, if their features are already encoded: the number of tokens of each.
             video_features (`Mapping`):
                 Instead of `num_video_tokens`: the features themselves (`local_features`), whose tokens are counted.
             video_options (`list[dict]`, *optional*):
@@ -208,19 +208,18 @@ class LongVLMProcessor(ProcessorMixin):
             progress: called as `progress("decode", done, total)` while frames are decoded.
             kwargs:
                 Options of the tokenizer (`padding`, `truncation`, `return_tensors`...) and of the video processor
-                (`num_frames`, `fps`...). With `return_tensors` several texts are padded unless `padding` says
-                otherwise.
+                (`num_frames`, `fps`...). With `return_tensors`, several texts are padded unless `padding` is given.
         Returns:
-            `BatchFeature` with `input_ids` and `attention_mask` `(texts, length)`; given videos, also
+            `BatchFeature` with `input_ids` and `attention_mask` `(texts, length)`; with videos also
             `pixel_values_videos` float32 `(videos, max_frames, 3, H, W)` and `num_frames` int64 `(videos,)`.
             On request `video_metadata` (`return_metadata=True`), `mm_token_type_ids` (2 at video tokens;
             `return_mm_token_type_ids=True`) and `text_replacement_offsets` (`return_text_replacement_offsets=True`).
         Raises:
-            ValueError: as many places as videos are needed; a truncation must not cut a video.
+            ValueError: the numbers of places and videos differ, or truncation would cut a video.
         """
         for name in ("images", "audio"):
             if kwargs.pop(name, None) is not None:
-                raise ValueError(f"LongVLM takes text and videos, no {name}; remove {name}=")
+                raise ValueError(f"LongVLM takes text and videos, not {name}; remove {name}=")
         for name in ("load_audio_from_video", "sanitize_control_tokens"):
             kwargs.pop(name, None)
         if video_features is not None:
@@ -272,13 +271,13 @@ class LongVLMProcessor(ProcessorMixin):
         return BatchFeature(data, tensor_type=return_tensors, skip_tensor_conversion=self.skip_tensor_conversion)
 
     def _process_videos(self, videos, **kwargs):
-        """-> the video processor's output, and what stands in the prompt for each video."""
+        """Returns the video processor's output, and the prompt text for each video."""
         video_inputs = self.video_processor(videos, **kwargs)
         count = len(video_inputs["pixel_values_videos"])
         return video_inputs, [self.replace_video_token(video_inputs, video_idx=i) for i in range(count)]
 
     def _one_token_per_video(self, text: str) -> str:
-        """`<video>`, and a place that already has its start and end, become the bare `<vid_patch>`."""
+        """Turns `<video>`, and places that already have their delimiters, into the bare `<vid_patch>`."""
         text = text.replace(VIDEO_ALIAS, self.video_token)
         return text.replace(self.video_start_token + self.video_token + self.video_end_token, self.video_token)
 
@@ -301,11 +300,11 @@ class LongVLMProcessor(ProcessorMixin):
         if any(ESCAPE_MARK in sample for sample in texts):
             tokenizer = tokenizer_for_escaped_text(tokenizer)
         bos = tokenizer.bos_token
-        if bos and all(sample.startswith(bos) for sample in texts):  # the chat template wrote it
+        if bos and all(sample.startswith(bos) for sample in texts):  # written by the chat template
             text_kwargs.setdefault("add_special_tokens", False)
         encoded = dict(tokenizer(texts, **text_kwargs))
         if not text_kwargs.get("return_token_type_ids"):
-            encoded.pop("token_type_ids", None)  # some tokenizers give them unasked, and no LLM takes them
+            encoded.pop("token_type_ids", None)  # some tokenizers return them unasked, and no LLM takes them
         for row, (sample, ids) in enumerate(zip(texts, encoded["input_ids"], strict=False)):
             if any(ids.count(tokenizer.convert_tokens_to_ids(token)) != sample.count(token) for token in VIDEO_TOKENS):
                 self._raise_cut_video(tokenizer, row, sample, text_kwargs)
@@ -321,7 +320,7 @@ class LongVLMProcessor(ProcessorMixin):
             needed = len(ids) - of_video[0] + added
         raise ValueError(
             f"max_length={text_kwargs.get('max_length') or tokenizer.model_max_length} would cut the video tokens of "
-            f"text {row}: it needs max_length={needed} at least, {len(ids)} for all of it; or take fewer frames"
+            f"text {row}: it needs at least max_length={needed}, or {len(ids)} for all of it; or use fewer frames"
         )
 
     def _video_token_id_set(self) -> set[int]:
@@ -331,18 +330,18 @@ class LongVLMProcessor(ProcessorMixin):
 
     def escape_special_text(self, text: str) -> str:
         """
-        Make `text` from a person safe to stand in a prompt: whatever looks like a special token in it is text.
+        Makes user text safe to put into a prompt: what looks like a special token in it stays text.
 
-        The result differs from `text` by an invisible mark in each such string (none: the same text comes back).
-        The processor drops the marks again when it makes token ids; `decode` gives the text as it was typed.
+        The result has an invisible mark in each such string; without such strings it is `text` itself. The processor
+        drops the marks when it makes token ids, and `decode` gives the text as it was typed.
         """
         if not isinstance(text, str):
             raise ValueError(f"text must be a string, not {type(text).__name__}: {text!r:.80}")
         return escape(text, self._special_strings())
 
     def _special_strings(self, of_answer: bool = False) -> list[str]:
-        # Not special to the tokenizer, but controls all the same: `<think>`, `<tool_call>`, LLaVA's `<im_patch>`.
-        # An answer may contain them (a template looks for the end of the thinking, for instance).
+        # Not special to the tokenizer, but still control tokens: `<think>`, `<tool_call>`, LLaVA's `<im_patch>`.
+        # Answers may contain them (a template may look for the end of the thinking, for instance).
         added = self.tokenizer.added_tokens_decoder.values()
         strings = [str(t) for t in added if t.special or (not of_answer and re.fullmatch(r"<\S+>", str(t)))]
         return [*strings, *self.tokenizer.all_special_tokens, *VIDEO_TOKENS, VIDEO_ALIAS]
@@ -364,33 +363,34 @@ class LongVLMProcessor(ProcessorMixin):
         **kwargs,
     ):
         r"""
-        Turn a conversation, or a list of them, into a prompt, or with `tokenize=True` into the model's input.
+        Turns a conversation, or a list of them, into a prompt, or with `tokenize=True` into the model's input.
 
         Content is a string or a list of parts, `{"type": "text", "text": ...}` and `{"type": "video", "video": ...}`
-        (also `"path"` or `"url"`; with none of them, a place whose video is given as `videos=` or
-        `num_video_tokens=`). A video's place is set apart from neighbouring text by a line feed, as in the original;
-        neighbouring texts are joined as they are. A system message replaces a built-in template's own.
-        Content is text: special tokens in it are not searched for.
+        (or `"path"` or `"url"`; with none of them, a place whose video is given as `videos=` or `num_video_tokens=`).
+        A video part can also hold options of the video processor: `{"type": "video", "video": ..., "num_frames": 50}`.
+        A line feed separates a video's place from neighbouring text, as in the original; neighbouring texts are joined
+        as they are. A system message replaces that of a built-in template. Content is never searched for special
+        tokens.
 
         Args:
             conversation: list of messages `{"role", "content"}`, or a list of such lists.
-            chat_template: a template, or the name of one (built in, or in the processor's dict of templates).
+            chat_template: a template, or the name of one (built-in, or from the processor's dict of templates).
             tools, documents: passed to the template.
-            add_generation_prompt: end with what opens the assistant's turn.
-            continue_final_message: leave the last message open, so that the model goes on with it.
-            return_assistant_tokens_mask: add `assistant_masks`, 1 where the template's `generation` blocks are.
+            add_generation_prompt: end with the start of the assistant's turn.
+            continue_final_message: leave the last message open, so that the model continues it.
+            return_assistant_tokens_mask: add `assistant_masks`, 1 inside the template's `generation` blocks.
             tokenize: return token ids and pixel values instead of the prompt.
             return_tensors: as in `__call__`.
             return_dict: with `tokenize`, return a `BatchFeature` with everything the model takes; False, as in
                 transformers: `input_ids` alone.
-            load_audio_from_video: ignored, there is no use for sound (servers set it for every processor).
-            processor_kwargs: options of `__call__`; they may also stand among `kwargs`.
+            load_audio_from_video: ignored, sound is not used (servers set it for every processor).
+            processor_kwargs: options of `__call__`; they may also be given in `kwargs`.
             kwargs: variables of the template, and options of `__call__`.
         """
         if continue_final_message and add_generation_prompt:
             raise ValueError("add_generation_prompt and continue_final_message exclude each other; pass one of them")
         if continue_final_message and return_assistant_tokens_mask:
-            raise ValueError("continue_final_message has no assistant mask: the last message is not finished")
+            raise ValueError("continue_final_message has no assistant mask, since the last message is unfinished")
         if tokenize and return_assistant_tokens_mask and not return_dict:
             raise ValueError("return_assistant_tokens_mask=True needs return_dict=True: the mask is part of the dict")
         chat_template = self._find_template(chat_template)
@@ -423,7 +423,7 @@ class LongVLMProcessor(ProcessorMixin):
             call_kwargs["video_options"] = [options for _, _, places in flat for options in places]
         if any(sources):
             if call_kwargs.get("videos") is not None:
-                raise ValueError("videos= and videos inside the conversation exclude each other; give them in one way")
+                raise ValueError("videos= and videos inside the conversation exclude each other; use one of them")
             call_kwargs["videos"] = sources
         out = self(prompts, **call_kwargs)
         if return_assistant_tokens_mask:
@@ -436,15 +436,14 @@ class LongVLMProcessor(ProcessorMixin):
         Separates a conversation from its videos.
 
         Args:
-            messages: list of messages, as for `apply_chat_template`. A video part may hold options of the video
-                processor beside the video: `{"type": "video", "video": "film.mp4", "num_frames": 50}`.
+            messages: list of messages, as for `apply_chat_template`.
 
         Returns:
-            The same messages with bare places, `{"type": "video"}`, and the videos in order. A place that was bare
-            before gives `VideoPart(None, {})`.
+            The same messages with bare places, `{"type": "video"}`, and the videos in order; `VideoPart(None, {})` for
+            a place that was bare before.
 
         Raises:
-            ValueError: a part of another kind, or an option that the video processor does not have.
+            ValueError: a part of another type, or an option that the video processor does not have.
         """
         taken: list[VideoPart] = []
         bare: list[dict] = []
@@ -470,7 +469,7 @@ class LongVLMProcessor(ProcessorMixin):
         unknown = [name for name in options if name not in known]
         if unknown:
             raise ValueError(
-                f'a video part has the key "{unknown[0]}", which is no option of the video processor; options are '
+                f'a video part has the key "{unknown[0]}", which is not an option of the video processor; options are '
                 "num_frames, fps, max_frames..."
             )
         return options
@@ -484,7 +483,7 @@ class LongVLMProcessor(ProcessorMixin):
         return known[name] if name in known else _template_text(name)
 
     def _split_kwargs(self, kwargs: dict, chat_template: str) -> tuple[dict, dict]:
-        """-> variables of the template, options of `__call__`."""
+        """Splits into variables of the template and options of `__call__`."""
         options = {"videos", "num_video_tokens", "video_features", "progress", "common_kwargs", *_EXTRA_OUTPUTS}
         options |= ProcessingKwargs.__annotations__.keys()
         for name in ("text_kwargs", "videos_kwargs"):
@@ -492,14 +491,16 @@ class LongVLMProcessor(ProcessorMixin):
         options |= self.video_processor.valid_kwargs.__annotations__.keys()
         for name in kwargs:
             if name not in options and not re.search(rf"\b{re.escape(name)}\b", chat_template):
-                logger.warning_once(f"apply_chat_template: {name}= is no option and no variable of the template")
+                logger.warning_once(
+                    f"apply_chat_template: {name}= is neither an option nor a variable of the template"
+                )
         return (
             {key: value for key, value in kwargs.items() if key not in options},
             {key: value for key, value in kwargs.items() if key in options},
         )
 
     def _flatten_conversation(self, messages) -> tuple[list[dict], list, list[dict]]:
-        """-> messages as text with one `<vid_patch>` per video; the videos given; the options of each place."""
+        """Returns messages as text with one `<vid_patch>` per video; the given videos; the options of each place."""
         flat: list[dict] = []
         videos: list = []
         options: list[dict] = []
@@ -517,19 +518,19 @@ class LongVLMProcessor(ProcessorMixin):
         if not isinstance(content, (list, tuple)):
             raise ValueError(f"content must be text or a list of parts, not {type(content).__name__}: {content!r:.80}")
         # Neighbouring texts are joined before they are escaped: together they may spell a special token.
-        pieces: list[str | None] = []  # None: a video
+        parts: list[str | None] = []  # None: a video
         for part in content:
             kind, value = _read_part(part)
             if kind == "video":
-                pieces.append(None)
+                parts.append(None)
                 options.append(self._video_options(part))
                 if value is not None:
                     videos.append(value)
-            elif pieces and pieces[-1] is not None:
-                pieces[-1] += value
+            elif parts and parts[-1] is not None:
+                parts[-1] += value
             elif value:
-                pieces.append(value)
-        return "\n".join(self.video_token if p is None else escape(p, special_strings) for p in pieces)
+                parts.append(value)
+        return "\n".join(self.video_token if p is None else escape(p, special_strings) for p in parts)
 
 
 _VIDEO_PART_KEYS = {"type", "video", "path", "url", "video_url"}
@@ -537,8 +538,8 @@ _EXTRA_OUTPUTS = ("return_mm_token_type_ids", "return_text_replacement_offsets")
 
 
 def _prepare_tokenizer(tokenizer):
-    # Once more where the tokenizer has them, since that makes them special (old files hold them as common words).
-    # normalized=False: found in the text as it was written.
+    # Also if the tokenizer has them: that makes them special (in old files they are ordinary added words).
+    # normalized=False: they are found in the text as it was written.
     tokens = [AddedToken(token, special=True, normalized=False) for token in VIDEO_TOKENS]
     tokenizer.add_tokens(tokens, special_tokens=True)
     if tokenizer.pad_token is None:
@@ -547,7 +548,7 @@ def _prepare_tokenizer(tokenizer):
 
 
 def _template_text(name: str) -> str:
-    """A built-in template by its name; a Jinja template is given back."""
+    """A built-in template by its name; a Jinja template is returned as it is."""
     if name in CHAT_TEMPLATES:
         return CHAT_TEMPLATES[name]
     if "{" not in name:
@@ -591,11 +592,11 @@ def _drop_empty_rows(videos):
 
 
 def _videos_per_text(videos, texts: list[str] | None) -> list[int] | None:
-    """Number of videos of each text, where `videos` is a list for each text; None: a flat list, or one video."""
+    """Number of videos of each text if `videos` is a list per text; `None`: a flat list, or one video."""
     if texts is None or not isinstance(videos, (list, tuple)) or len(videos) != len(texts):
         return None
     flat = [[] if _is_empty(row) else flatten_videos([row]) for row in videos]
-    # A video that is itself a list (of frames) stands in a flat list as it is.
+    # A video that is itself a list (of frames) is an element of a flat list.
     lists = all(row is None or isinstance(row, (list, tuple)) for row in videos)
     nested = any(not found or found[0] is not row for row, found in zip(videos, flat, strict=True))
     return [len(found) for found in flat] if lists and nested else None
@@ -612,7 +613,7 @@ def _as_conversations(conversation) -> tuple[list, bool]:
 
 
 def _read_part(part) -> tuple[str, Any]:
-    """-> ("text", text) or ("video", the video or None)."""
+    """Returns ("text", text) or ("video", the video or None)."""
     if isinstance(part, str):
         return "text", part
     kind = part.get("type") if isinstance(part, Mapping) else None
@@ -621,7 +622,7 @@ def _read_part(part) -> tuple[str, Any]:
         if not isinstance(text, str):
             raise ValueError(f'"text" of a text part must be a string, not {type(text).__name__}: {text!r:.80}')
         return "text", text
-    if kind == "video_url":  # OpenAI's way to write it
+    if kind == "video_url":  # as OpenAI's API writes it
         url = part.get("video_url")
         return "video", url.get("url") if isinstance(url, Mapping) else url
     if kind == "video":

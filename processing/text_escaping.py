@@ -1,9 +1,9 @@
-"""Text of a person that looks like a special token stays text: a question may hold `</s>` or `<vid_patch>`.
+"""User text that looks like a special token stays text: a question may contain `</s>` or `<vid_patch>`.
 
-`escape` puts one invisible character, the mark, into each such string; no tokenizer finds a special token there any
-more, nor does a search for places of videos. `tokenizer_for_escaped_text` gives a copy of the tokenizer that drops
-the mark after it has looked for special tokens and before its model sees the text. So everything else (splitting,
-spaces, offsets, padding, truncation) is the tokenizer's own way, and what it decodes is what was typed.
+`escape` puts one invisible character, the mark, into each such string, so that neither a tokenizer nor a search for
+video places finds a special token there. `tokenizer_for_escaped_text` returns a copy of the tokenizer that drops the
+mark after it has looked for special tokens and before its model sees the text. Everything else (splitting, spaces,
+offsets, padding, truncation) stays the tokenizer's own, and decoding gives the text as it was typed.
 """
 
 import copy
@@ -12,12 +12,12 @@ from collections.abc import Iterable
 
 from tokenizers import pre_tokenizers
 
-# The last private-use character of Unicode: no text needs it, no normalizer changes it, fonts have nothing to show.
+# The last private-use character of Unicode: no text needs it, no normalizer changes it, no font shows it.
 ESCAPE_MARK = "\U0010fffd"
 
 
 def escape(text: str, special_strings: Iterable[str]) -> str:
-    """Mark every occurrence of `special_strings` in `text`, also overlapping ones. Marks already there are dropped."""
+    """Marks every occurrence of `special_strings` in `text`, overlapping ones included. Earlier marks are dropped."""
     text = text.replace(ESCAPE_MARK, "")
     # A string of one character has no inside to mark.
     strings = "|".join(re.escape(string) for string in special_strings if len(string) > 1)
@@ -32,7 +32,7 @@ def unescape(text: str) -> str:
 
 
 def tokenizer_for_escaped_text(tokenizer):
-    """A copy of `tokenizer` to which marked strings are plain text; offsets refer to the text with its marks."""
+    """A copy of `tokenizer` that treats marked strings as plain text; offsets refer to the text with its marks."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise ValueError(
@@ -41,7 +41,7 @@ def tokenizer_for_escaped_text(tokenizer):
         )
     tokenizer = copy.deepcopy(tokenizer)
     backend = tokenizer.backend_tokenizer
-    # What the steps before make of the mark: itself or, in a byte-level tokenizer, the letters for its bytes.
+    # What the earlier steps turn the mark into: itself or, in a byte-level tokenizer, the letters for its bytes.
     sample = f"<{ESCAPE_MARK}a"
     if backend.normalizer is not None:
         sample = backend.normalizer.normalize_str(sample)

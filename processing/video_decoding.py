@@ -1,13 +1,13 @@
-"""From a video to the frames that are asked for, exactly and without decoding the rest.
+"""From a video to the requested frames, exactly and without decoding the rest.
 
-1. `video_index` tells the presentation time of every frame. Frame i is the i-th of them.
+1. `video_index` gives the presentation time of every frame. Frame i is the i-th of them.
 2. The caller's rule chooses frames from the metadata.
 3. A reader goes forward through the sorted targets. It seeks only where the target's keyframe lies past the last
-   decoded frame, and checks where it landed: some containers land late, where pictures would be wrong.
-4. Each frame is turned upright, converted to RGB and given at once to `transform` (resize), so that one frame per
-   reader stands in memory at full size. Two readers share the targets.
+   decoded frame, and checks where it landed: some containers land late, where the picture would be wrong.
+4. Each frame is rotated upright, converted to RGB and passed straight to `transform` (resize), so that each reader
+   holds one frame at full size. Two readers share the targets.
 
-`decode_video` gives all of them together, `iter_video` in pieces, so that any number of frames fits.
+`decode_video` returns all frames together, `iter_video` yields them in pieces, so that any number of frames fits.
 """
 
 import copy
@@ -26,7 +26,7 @@ from transformers.video_utils import VideoMetadata
 
 from .animated_pictures import AnimatedPicture, open_animation
 from .video_index import FrameIndex, index_frames, open_container
-from .video_sources import VideoDecodeError as VideoDecodeError  # part of this module's public face
+from .video_sources import VideoDecodeError as VideoDecodeError  # part of this module's interface
 from .video_sources import VideoDecodeWarning, VideoSource, list_frame_files, open_source, read_picture
 
 try:
@@ -37,12 +37,12 @@ except ImportError:
 logger = logging.get_logger(__name__)
 
 BACKEND_VARIABLE = "LONGVLM_VIDEO_BACKEND"
-MAX_WORKERS = 2  # a third reader gains less than a tenth, and each holds one frame at full size
+MAX_WORKERS = 2  # a third reader gains less than 10 %, and each holds one frame at full size
 REOPEN = object()
 
 
 class DecodedVideo(NamedTuple):
-    """`frames[j]` is what `transform` made of source frame `metadata.frames_indices[j]`."""
+    """`frames[j]` is source frame `metadata.frames_indices[j]` after `transform`."""
 
     frames: list[Any]
     metadata: "FrameMetadata"
@@ -51,9 +51,9 @@ class DecodedVideo(NamedTuple):
 class FrameMetadata(VideoMetadata):
     """transformers' `VideoMetadata`, with real times.
 
-    `frames_indices` and `fps` are always those of the SOURCE. `timestamps` are the seconds at which the taken frames
-    are shown, also for a variable frame rate; the base class computes index / fps. `source_timestamps` are those of
-    all frames, or `None` where they are unknown (frames given as a list, without a frame rate).
+    `frames_indices` and `fps` always refer to the SOURCE. `timestamps` are the seconds at which the chosen frames are
+    shown, which also holds for a variable frame rate; the base class computes index / fps. `source_timestamps` are
+    those of all frames, or `None` if they are unknown (frames given as a list, without a frame rate).
     """
 
     source_timestamps: Any = None
@@ -68,7 +68,7 @@ class FrameMetadata(VideoMetadata):
 
 
 def is_torchcodec_usable() -> bool:
-    """Whether torchcodec can decode video here: installed, its libraries load, and it found FFmpeg."""
+    """Whether torchcodec can decode video here: it is installed, its libraries load, and it found FFmpeg."""
     if not is_torchcodec_available():
         return False
     try:
@@ -80,25 +80,26 @@ def is_torchcodec_usable() -> bool:
 
 
 def decode_video(video, sample_indices_fn=None, *, transform=None, backend=None, num_workers=None, progress=None):
-    """Decode the frames that a rule asks for.
+    """Decodes the frames that a rule chooses.
 
     Args:
-        video: a path of a video, of a picture (a one-frame video) or of a directory of pictures; a URL; bytes; or a
+        video: the path of a video, a picture (a one-frame video) or a directory of pictures; a URL; bytes; or a
             binary file object.
-        sample_indices_fn: called as `sample_indices_fn(metadata=FrameMetadata)`, returns source indices in any order,
-            also repeated. `None`: all frames.
+        sample_indices_fn: called as `sample_indices_fn(metadata=FrameMetadata)`; returns source indices in any order,
+            repeated ones included. `None`: all frames.
         transform: called with each frame, RGB uint8 `(H, W, 3)`, as soon as it is decoded, in any order and from
-            several threads; its result takes the frame's place. `None`: the frames themselves.
-        backend: `"torchcodec"`, `"pyav"` or `"auto"` (torchcodec where usable). Default: the environment variable
-            LONGVLM_VIDEO_BACKEND, or `"auto"`. Frame numbers and times come from PyAV's index for both; where
-            torchcodec gives another frame than the index says (MPEG-TS) or fails, PyAV decodes.
-        num_workers: readers at work at a time; default 2.
+            several threads; its result replaces the frame. `None`: the frames themselves.
+        backend: `"torchcodec"`, `"pyav"` or `"auto"` (torchcodec if usable). Default: the environment variable
+            LONGVLM_VIDEO_BACKEND, or `"auto"`. Frame numbers and times come from PyAV's index for both; if torchcodec
+            fails or returns another frame than the index says (MPEG-TS), PyAV decodes.
+        num_workers: number of readers that work at the same time; default 2.
         progress: called as `progress("decode", done, total)` after each frame, by one thread at a time.
     Returns:
-        `DecodedVideo(frames, metadata)`. Where a part of the video cannot be read, the frames that can be are
-        returned, a `VideoDecodeWarning` says how many, and `metadata.frames_indices` names them: none is repeated.
+        `DecodedVideo(frames, metadata)`. If a part of the video cannot be read, the readable frames are returned, a
+        `VideoDecodeWarning` says how many are missing, and `metadata.frames_indices` names the frames that are there;
+        no frame is repeated to fill the gaps.
     Raises:
-        VideoDecodeError: the video cannot be opened, or none of its frames can be read. One line.
+        VideoDecodeError: the video cannot be opened, or none of its frames can be read; one line.
     """
     pieces = iter_video(
         video,
@@ -122,10 +123,10 @@ def iter_video(
     num_workers=None,
     progress=None,
 ) -> Iterator[DecodedVideo]:
-    """`decode_video` piece by piece: at most `frames_per_piece` frames at a time, in the order that was asked for.
+    """`decode_video` piece by piece: at most `frames_per_piece` frames at a time, in the requested order.
 
-    The video is opened and its frames are indexed once. `metadata.frames_indices` are those of the piece; `progress`
-    counts over all pieces. Arguments and errors are those of `decode_video`; there is one piece at least.
+    The video is opened and indexed once. `metadata.frames_indices` are those of the piece; `progress` counts over all
+    pieces. Arguments and errors are those of `decode_video`; there is at least one piece.
     """
     backend = backend or os.environ.get(BACKEND_VARIABLE) or "auto"
     if backend not in ("auto", "pyav", "torchcodec"):
@@ -187,7 +188,9 @@ class _Job:
         else:
             chosen = [int(i) for i in self.sample_indices_fn(metadata=metadata)]
         if chosen and not 0 <= min(chosen) <= max(chosen) < total:
-            raise ValueError(f"frame indices {min(chosen)} to {max(chosen)} were asked of a video of {total} frames")
+            raise ValueError(
+                f"frame indices {min(chosen)} to {max(chosen)} are out of range for a video of {total} frames"
+            )
         self.done, self.total = 0, len(chosen)
         return chosen
 
@@ -267,8 +270,8 @@ def _decode_file(source: VideoSource, job: _Job) -> Iterator[DecodedVideo]:
     pieces = job.pieces(chosen)
     frames = _read_frames(source, index, pieces[0], metadata, job) if len(pieces) == 1 else {}
     if len(frames) < len(set(chosen)) and index.from_header:
-        # The header did not tell the truth, or nobody can go back once pieces were given away: count packets, and
-        # choose anew among the frames that exist.
+        # The header is wrong, or pieces cannot be taken back once they were yielded: count packets, and choose again
+        # among the frames that exist.
         index, metadata = _open_index(source, allow_header=False)
         chosen = job.choose(metadata)
         pieces, frames = job.pieces(chosen), {}
@@ -280,7 +283,7 @@ def _decode_file(source: VideoSource, job: _Job) -> Iterator[DecodedVideo]:
             yield _piece(frames, piece, metadata)
         frames = {}
     if chosen and not read:
-        raise VideoDecodeError(f"{source.name}: none of the {len(set(chosen))} frames asked for can be decoded")
+        raise VideoDecodeError(f"{source.name}: none of the {len(set(chosen))} requested frames can be decoded")
     _warn_of_losses(source, index, asked, read)
 
 
@@ -296,7 +299,7 @@ def _describe(index: FrameIndex, container, stream) -> FrameMetadata:
     fps = average
     if index.pts and len(index.pts) > 1:
         measured = (len(index.pts) - 1) / ((index.pts[-1] - index.pts[0]) * float(index.time_base))
-        # The header's rate is rounded less than a mean of times, where it is right.
+        # If the header's rate is right, it is more precise than a mean of times.
         fps = average if average and abs(measured / average - 1) < 0.02 else measured
     metadata = FrameMetadata(
         total_num_frames=index.num_frames,
@@ -315,14 +318,14 @@ def _describe(index: FrameIndex, container, stream) -> FrameMetadata:
 def _warn_of_losses(source: VideoSource, index: FrameIndex, asked: int, read: int) -> None:
     losses = [index.shortfall] if index.shortfall else []
     if read < asked:
-        losses.append(f"{asked - read} of the {asked} frames asked for cannot be decoded and are left out")
+        losses.append(f"{asked - read} of the {asked} requested frames cannot be decoded and are left out")
     if losses:
         message = f"{source.name}: the video is cut or damaged: {'; '.join(losses)}"
         warnings.warn(message, VideoDecodeWarning, stacklevel=2)
 
 
 def _read_frames(source: VideoSource, index: FrameIndex, chosen, metadata: FrameMetadata, job: _Job) -> dict[int, Any]:
-    """-> {source index: frame after the transform}, without the frames that cannot be decoded."""
+    """Returns {source index: transformed frame}, without the frames that cannot be decoded."""
     whole = bool(index.pts) and not index.shortfall  # torchcodec passes half frames on
     if job.backend != "pyav" and whole and is_torchcodec_usable():
         try:
@@ -361,12 +364,12 @@ def _read_with(reader_class, source: VideoSource, index: FrameIndex, chosen, met
             read(part)
     else:
         with ThreadPoolExecutor(len(parts)) as pool:
-            list(pool.map(read, parts))  # list() raises what a reader raised
+            list(pool.map(read, parts))  # list() re-raises a reader's error
     return frames
 
 
 def _split_at_keyframes(targets: list[int], index: FrameIndex, parts: int) -> list[list[int]]:
-    """Parts of about equal size; no two need the same stretch of video, which would be decoded twice."""
+    """Parts of about equal size; no two need the same stretch of video, which would then be decoded twice."""
     if parts < 2 or not index.pts or len(targets) < 2:
         return [targets] if targets else []
     cuts = [0]
@@ -380,7 +383,7 @@ def _split_at_keyframes(targets: list[int], index: FrameIndex, parts: int) -> li
 
 
 class _PyAVReader:
-    """One open container that goes forward through its frames."""
+    """An open container whose frames are read forwards."""
 
     def __init__(self, source: VideoSource, index: FrameIndex):
         self.source, self.index = source, index
@@ -396,16 +399,16 @@ class _PyAVReader:
 
     def __exit__(self, *error):
         self.container.close()
-        # The generator of frames holds this reader. Left as a ring, the two would wait for the garbage collector, and
-        # a forked process (a worker of a DataLoader) that collects them hangs in FFmpeg.
+        # The generator of frames refers to this reader. Left as a cycle, the two would wait for the garbage collector,
+        # and a forked process (a DataLoader worker) that collects them hangs in FFmpeg.
         self.frames = self.frame = self.stream = self.container = None
 
     def rgb_at(self, position: int) -> np.ndarray | None:
         """The frame as RGB uint8 `(H, W, 3)`, upright; `None` if it cannot be decoded. Positions must ascend."""
         frame = self._count_to(position) if not self.index.pts else self._go_to(position)
-        if frame is None or frame.is_corrupt:  # what FFmpeg makes of half a frame is a copy of the one before
+        if frame is None or frame.is_corrupt:  # FFmpeg fills a damaged frame with the one before
             return None
-        # First RGB at full size, then the transform: scaling in YUV would blur colours.
+        # RGB at full size first, then the transform: scaling in YUV would blur colours.
         rgb = frame.to_ndarray(format="rgb24")
         turns = getattr(frame, "rotation", 0) // 90 % 4
         return np.ascontiguousarray(np.rot90(rgb, turns)) if turns else rgb
@@ -415,7 +418,7 @@ class _PyAVReader:
         self.frames = self._decode()
 
     def _decode(self):
-        """All frames from here on; a packet that cannot be decoded is skipped, not the rest of the video."""
+        """All frames from here on; only a packet that cannot be decoded is skipped, not the rest of the video."""
         packets = self.container.demux(self.stream)
         while True:
             try:
@@ -452,7 +455,7 @@ class _PyAVReader:
         return self.frame if self.frame is not None and self.frame.pts == target else None
 
     def _seek(self, key: int, target: int) -> None:
-        """Stand on a decoded frame at or before `target`."""
+        """Moves to a decoded frame at or before `target`."""
         before = self.last_pts
         seeks = (*self.index.key_seeks[key], *self.index.key_seeks[key - 1], REOPEN)
         for time in seeks:
@@ -469,13 +472,15 @@ class _PyAVReader:
                 self.frames = self._decode()
             frame = self._next()
             if frame is not None and frame.pts is not None and frame.pts <= target:
-                break  # otherwise it landed late: a picture decoded from there may be wrong, or is already past
+                break  # otherwise it landed late: the picture may be wrong, or past the target
         if self.frame is not None and before > self.last_pts <= self.index.pts[0]:
-            self.can_seek = False  # back at the start of a container that cannot seek (GIF): only forward from now on
+            self.can_seek = (
+                False  # back at the start of a container that cannot seek (GIF): only read forwards from now on
+            )
 
 
 class _TorchcodecFailed(Exception):
-    """torchcodec raised, or gave another frame than the index names."""
+    """torchcodec raised, or returned another frame than the index names."""
 
 
 class _TorchcodecReader:
@@ -486,7 +491,7 @@ class _TorchcodecReader:
         try:
             from torchcodec.decoders import VideoDecoder
 
-            # "approximate" would give other frames where the frame rate varies
+            # "approximate" would return other frames if the frame rate varies
             options = {"dimension_order": "NHWC", "num_ffmpeg_threads": 1, "seek_mode": "exact"}
             self.decoder = VideoDecoder(source.open(), stream_index=index.stream, **options)
         except Exception as error:

@@ -1,8 +1,8 @@
 """When each frame of a video is shown, and where decoding can start: without decoding anything.
 
-The times come from the container's own index where that is known to be exact (MP4, MOV: read at opening), otherwise
-from the packets, all of which are then read once. Frame i of a video is the i-th presentation time in sorted order; a
-frame count in a header is not believed.
+The times come from the container's own index if that is known to be exact (MP4, MOV: read on opening), otherwise from
+the packets, all of which are then read once. Frame i of a video is the i-th presentation time in sorted order; frame
+counts in headers are not trusted.
 """
 
 import bisect
@@ -20,7 +20,7 @@ except ImportError:
     av = None  # type: ignore[assignment]
 
 
-LEADING_FRAMES = 16  # at most so many B-frames are shown before, but stored after, their keyframe (x264's limit)
+LEADING_FRAMES = 16  # maximum number of B-frames shown before, but stored after, their keyframe (x264)
 ATTACHED_PICTURE = 1 << 10  # FFmpeg's AV_DISPOSITION_ATTACHED_PIC
 
 
@@ -29,16 +29,16 @@ class FrameIndex:
     """When each frame is shown, and where decoding can start.
 
     Attributes:
-        pts: times of all frames in units of `time_base`, ascending; empty if packets carry no usable times: frames
-            are then counted from the start.
+        pts: times of all frames in units of `time_base`, ascending; empty if packets carry no usable times, in which
+            case frames are counted from the start.
         num_frames: number of frames.
-        key_pts: for each keyframe, ascending, the first time from which decoding that starts there is right.
+        key_pts: for each keyframe, ascending, the first time from which decoding that starts there is correct.
         key_seeks: for each keyframe, the times to seek to, the best one first.
         time_base: seconds per unit.
         stream: number of the video stream in its container.
-        origin: time of second 0.
+        origin: time that counts as second 0.
         from_header: taken from the container's own index, not from packets.
-        shortfall: what the header promises beyond what can be read, in words; empty if nothing is missing.
+        shortfall: in words, what the header promises but the file does not contain; empty if nothing is missing.
     """
 
     num_frames: int
@@ -62,11 +62,11 @@ class FrameIndex:
 
 
 def open_container(source: VideoSource):
-    """-> (container, its first real video stream). A cover picture in an audio file is not video."""
+    """Returns the container and its first real video stream. A cover picture in an audio file is not video."""
     try:
         container = av.open(source.open())
     except (av.FFmpegError, OSError, ValueError):
-        # FFmpeg's text embeds the path and an error number; the reason is nearly always this one.
+        # FFmpeg's message contains the path and an error number; the reason is nearly always this one.
         raise VideoDecodeError(f"{source.name}: not a video file, or cut or damaged beyond reading") from None
     if container.format.name == "tty":  # FFmpeg would show the text, as on a terminal
         container.close()
@@ -79,7 +79,7 @@ def open_container(source: VideoSource):
     kinds = sorted({stream.type for stream in container.streams})
     container.close()
     if not kinds:
-        raise VideoDecodeError(f"{source.name}: the file has no video stream: it holds nothing, or is cut or damaged")
+        raise VideoDecodeError(f"{source.name}: the file has no video stream: it is empty, cut or damaged")
     raise VideoDecodeError(f"{source.name}: the file has no video stream (found: {', '.join(kinds)})")
 
 
@@ -89,10 +89,10 @@ def index_frames(source: VideoSource, container, stream, allow_header: bool) -> 
 
 
 def _index_from_header(source: VideoSource, container, stream) -> FrameIndex | None:
-    """The index that MP4 and MOV files carry, if it is complete and tells presentation times.
+    """The index of MP4 and MOV files, if it is complete and gives presentation times.
 
-    It holds decoding times. They are also the presentation times if there are no B-frames; at a constant frame rate
-    the presentation times are the same grid, moved to where the first frame is shown. Anything else: `None`.
+    It contains decoding times. Without B-frames they are also the presentation times; at a constant frame rate the
+    presentation times are the same grid, shifted to where the first frame is shown. In any other case: `None`.
     """
     entries = getattr(stream, "index_entries", ())  # PyAV 18
     if "mov" not in container.format.name.split(",") or len(entries) < 2 or len(entries) != stream.frames:
@@ -126,7 +126,7 @@ def _index_from_header(source: VideoSource, container, stream) -> FrameIndex | N
 
 
 def _index_from_packets(source: VideoSource, container, stream) -> FrameIndex:
-    """Read all packets once, decode none."""
+    """Reads all packets once and decodes none."""
     times, keys = [], []
     try:
         for packet in container.demux(stream):
@@ -136,19 +136,19 @@ def _index_from_packets(source: VideoSource, container, stream) -> FrameIndex:
             if packet.is_keyframe and packet.pts is not None:
                 keys.append((packet.pts, packet.dts))
     except av.FFmpegError:
-        pass  # the end of what can be read; what is missing is reported by the caller
+        pass  # the end of what is readable; the caller reports what is missing
     if not times:
-        raise VideoDecodeError(f"{source.name}: the file holds no frames")
+        raise VideoDecodeError(f"{source.name}: the file contains no frames")
     shortfall = _shortfall(container, stream, times)
     untimed = None in times or len(set(times)) != len(times)
     if container.format.name == "avi" and stream.codec_context.has_b_frames:
-        # AVI has no presentation times. Where FFmpeg made them up, they ascend in the order of storage.
+        # AVI has no presentation times. If FFmpeg made them up, they ascend in storage order.
         untimed = untimed or times == sorted(times)
     if untimed:
         return FrameIndex(len(times), stream.time_base, stream.index, shortfall=shortfall)
     keys.sort(key=lambda key: key[0])
     keys = keys or [(min(times), None)]
-    # Frames before the first keyframe (a recording that starts in mid-stream) cannot be decoded.
+    # Frames before the first keyframe (a recording that starts mid-stream) cannot be decoded.
     pts = sorted(time for time in times if time >= keys[0][0])
     arbitrary_clock = container.format.name in ("mpegts", "mpeg")
     return FrameIndex(
@@ -164,12 +164,12 @@ def _index_from_packets(source: VideoSource, container, stream) -> FrameIndex:
 
 
 def _is_hidden(packet, stream) -> bool:
-    """VP8 has packets that are never shown (alternate references); a bit of their first byte says so."""
+    """VP8 has packets that are never shown (alternate references); a bit in their first byte says so."""
     return stream.codec_context.name == "vp8" and not memoryview(packet)[0] & 0x10
 
 
 def _shortfall(container, stream, times: list) -> str:
-    """How much less there is than the header says: the mark of a file that was cut. Small lies are usual."""
+    """How much is missing compared to the header: the sign of a truncated file. Small differences are common."""
     found, promised = len(times), stream.frames
     if promised:
         return f"{found} of {promised} frames are left" if found < promised - max(2, promised // 20) else ""

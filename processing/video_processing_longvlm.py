@@ -1,10 +1,10 @@
-"""From videos to `pixel_values_videos`: which frames are taken, and how each is made the encoder's size.
+"""From videos to `pixel_values_videos`: which frames are taken, and how each is resized for the encoder.
 
-`size` is always what comes out, `{"height", "width"}` (servers size their profiling videos by it). How a frame gets
-there is told by `do_center_crop`: True keeps its shape (resized until it covers `size`, then the centre is cut out:
+`size` is always the output size, `{"height", "width"}` (servers size their profiling videos by it). `do_center_crop`
+says how a frame gets there: True keeps its aspect ratio (resized until it covers `size`, then the centre is cropped:
 CLIP), False squashes it (SigLIP; the original LongVLM, with nearest interpolation). Videos given as files are decoded
 by `video_decoding`: only the frames that are needed, each resized as soon as it is decoded.
-Frame rule: the released code's, at the middle of equal ranges of the video (paper section 4.1: 100 frames).
+Frames are sampled as in the released code, at the middles of equal ranges of the video (paper section 4.1: 100).
 """
 
 import copy
@@ -34,7 +34,7 @@ METADATA_FIELDS = ("total_num_frames", "fps", "width", "height", "duration", "vi
 
 
 class LongVLMVideosKwargs(VideosKwargs, total=False):  # type: ignore[call-arg]
-    """`VideosKwargs` and our own options; see `LongVLMVideoProcessor`."""
+    """`VideosKwargs` with our own options; see `LongVLMVideoProcessor`."""
 
     max_frames: int | None
     short_video: str | None
@@ -44,7 +44,7 @@ class LongVLMVideosKwargs(VideosKwargs, total=False):  # type: ignore[call-arg]
 
 class VideoPiece(NamedTuple):
     """
-    Frames of a video that were read together.
+    Consecutive frames of a video that were read together.
 
     Args:
         pixel_values (`torch.Tensor` of shape `(frames, 3, H, W)`): float32, ready for the vision encoder.
@@ -59,35 +59,35 @@ class VideoPiece(NamedTuple):
 
 class LongVLMVideoProcessor(BaseVideoProcessor):
     r"""
-    Takes frames from videos and makes them the vision encoder's input.
+    Samples frames from videos and prepares them for the vision encoder.
 
     Args:
         preset (`str`, *optional*, defaults to `"clip"`):
             `"clip"`: bicubic resize of the shorter edge and centre crop, as CLIP was trained. `"original"`: squashed
             with nearest interpolation, as the released LongVLM code does before CLIP's own processor. A preset
-            only sets `do_center_crop` and `resample`, which may also be given; it is not saved.
+            only sets `do_center_crop` and `resample`, which can also be given directly; it is not saved.
         num_frames (`int`, defaults to 100):
-            Frames taken of a video. Of a shorter video, see `short_video`.
+            Number of frames taken from a video. For shorter videos, see `short_video`.
         fps (`float`, *optional*):
-            Take so many frames per second instead, at the middle of each interval of 1 / fps seconds. No frame is
-            taken twice. Set on the processor, it comes before `num_frames`.
+            Take this many frames per second instead, at the middle of each interval of 1 / fps seconds. No frame is
+            taken twice. If set on the processor, it takes precedence over `num_frames`.
         max_frames (`int`, *optional*):
-            Upper limit of the frames taken with `fps`: a longer video is sampled more coarsely, over its whole length.
+            Maximum number of frames with `fps`: a longer video is sampled more coarsely, over its whole length.
         short_video (`str`, defaults to `"keep"`):
-            Of a video with fewer than `num_frames` frames, take: `"keep"`: as many frames as there are, by the
-            released rule, which takes one frame in the middle twice and the last one never; `"stretch"`: those frames
-            stretched to `num_frames` by nearest interpolation along time, as the original meant to; `"once"`: every
+            What to take from a video with fewer than `num_frames` frames. `"keep"`: as many frames as there are, by
+            the released rule, which takes a middle frame twice and the last one never; `"stretch"`: those frames
+            stretched to `num_frames` by nearest interpolation along time, as the original intended; `"once"`: every
             frame once.
         size (`dict`, defaults to `{"height": 224, "width": 224}`):
-            Size of the frames that come out. Files written for CLIP or DINOv2 (`size={"shortest_edge": 256}` with
-            `crop_size`) are understood: `size` becomes their `crop_size`, `shortest_edge` 256.
-        do_center_crop (`bool`): keep the shape and crop (True) or squash (False).
+            Size of the output frames. Files written for CLIP or DINOv2 (`size={"shortest_edge": 256}` with
+            `crop_size`) are understood: `size` becomes their `crop_size`, and `shortest_edge` 256.
+        do_center_crop (`bool`): keep the aspect ratio and crop (True), or squash (False).
         shortest_edge (`int`, *optional*):
             With `do_center_crop`: length of the shorter edge before the crop. `None`: frames just cover `size`.
         resample, do_resize, do_rescale, rescale_factor, do_normalize, image_mean, image_std:
-            As in any transformers processor. Defaults: CLIP's mean and standard deviation.
+            As in other transformers processors. Defaults: CLIP's mean and standard deviation.
         do_sample_frames (`bool`, defaults to `True`):
-            False: the frames are taken as they are given; `video_metadata` then says where they come from.
+            False: all given frames are used; `video_metadata` then says where they come from.
         decoding_backend (`str`, *optional*): `"torchcodec"`, `"pyav"` or `"auto"`; see `decode_video`.
     """
 
@@ -119,7 +119,7 @@ class LongVLMVideoProcessor(BaseVideoProcessor):
 
     @classmethod
     def from_dict(cls, video_processor_dict: dict[str, Any], **kwargs):
-        """As in the base class; `preset=` changes what was saved."""
+        """As in the base class; `preset=` overrides what was saved."""
         preset = kwargs.pop("preset", None)
         if preset is not None:
             kept = {key: value for key, value in video_processor_dict.items() if key not in PRESETS["clip"]}
@@ -130,15 +130,15 @@ class LongVLMVideoProcessor(BaseVideoProcessor):
 
     def sample_frames(self, metadata, num_frames: int | None = None, fps: float | None = None, **kwargs) -> np.ndarray:
         """
-        Which frames of a video are taken.
+        Chooses the frames of a video.
 
         Args:
-            metadata: `VideoMetadata` or dict with `total_num_frames`; `fps`, the video's own, is needed to sample
-                by `fps`.
+            metadata: `VideoMetadata` or dict with `total_num_frames`; sampling by `fps` also needs the video's own
+                frame rate in it.
             num_frames, fps: at most one of them; default: the processor's.
-            kwargs: `max_frames` and `short_video`, others are ignored.
+            kwargs: `max_frames` and `short_video`; others are ignored.
         Returns:
-            Source indices, ascending, int64. More frames than there are cannot be asked for: see `short_video`.
+            Source indices, ascending, int64. For videos with fewer frames than asked for, see `short_video`.
         """
         if num_frames is not None and fps is not None:
             raise ValueError(f"num_frames={num_frames} and fps={fps} exclude each other; pass one of them")
@@ -148,13 +148,13 @@ class LongVLMVideoProcessor(BaseVideoProcessor):
             metadata = FrameMetadata(**{name: value for name, value in metadata.items() if name in METADATA_FIELDS})
         total = metadata.total_num_frames
         if not total:
-            raise ValueError("a video without frames cannot be sampled")
+            raise ValueError("the video has no frames")
         if fps is not None:
             max_frames = kwargs.get("max_frames")
             return self._indices_by_time(metadata, fps, max_frames if max_frames is not None else self.max_frames)
         count = int(self.num_frames if num_frames is None else num_frames)
         if count < 1:
-            raise ValueError(f"num_frames={count}: at least 1 frame has to be taken")
+            raise ValueError(f"num_frames={count}: must be at least 1")
         short_video = self._check_short_video(kwargs.get("short_video") or self.short_video)
         if total < count and short_video == "once":
             return np.arange(total)
@@ -170,11 +170,11 @@ class LongVLMVideoProcessor(BaseVideoProcessor):
         if not 0 < fps < float("inf"):
             raise ValueError(f"fps={fps}: must be a number above 0")
         if max_frames is not None and max_frames < 1:
-            raise ValueError(f"max_frames={max_frames}: at least 1 frame has to be taken")
+            raise ValueError(f"max_frames={max_frames}: must be at least 1")
         total, times = metadata.total_num_frames, getattr(metadata, "source_timestamps", None)
         if times is None and not metadata.fps:
             raise ValueError(
-                f"fps={fps} asks for frames by time, but the video's own frame rate is not known; "
+                f"fps={fps} samples by time, but the frame rate of the video is unknown; "
                 'pass video_metadata={"total_num_frames": ..., "fps": ...} or use num_frames'
             )
         times = np.asarray(times, dtype=np.float64) if times is not None else np.arange(total) / metadata.fps
@@ -184,7 +184,7 @@ class LongVLMVideoProcessor(BaseVideoProcessor):
         if max_frames is not None and count > max_frames:
             count, step = max_frames, duration / max_frames
         wanted = start + (np.arange(count) + 0.5) * step
-        # The frame on screen at that moment. A tiny bit later, so that rounding does not take the one before.
+        # The frame on screen at that moment, or 1e-6 s later: rounding must not choose the one before.
         return np.unique(np.clip(np.searchsorted(times, wanted + 1e-6, side="right") - 1, 0, total - 1))
 
     @staticmethod
@@ -199,20 +199,20 @@ class LongVLMVideoProcessor(BaseVideoProcessor):
         """
         Args:
             videos: one video or a (nested) list of them. A video is a path, a URL, bytes, a file object, a directory
-                of pictures, a list of frames (Pillow, NumPy, torch; any size, also grey or RGBA, alpha is
+                of pictures, a list of frames (Pillow, NumPy, torch; any size; grey or RGBA, whose alpha is
                 dropped), or an array `(T, H, W, C)`, `(T, C, H, W)` or, grey, `(T, H, W)`. A 5D array is a batch.
-                Pixel values are 0 to 255; floats that all lie within 0 to 1 are taken as already rescaled.
+                Pixel values are 0 to 255; floats that are all within 0 to 1 count as already rescaled.
             video_options: options of single videos, which replace those in `kwargs`: one dict (or `None`) per video.
             progress: called as `progress("decode", done, total)` with the frames read of the current video.
-            video_metadata: of each video that is given as frames: its own `fps`, `total_num_frames`, and in
-                `frames_indices` where the frames given come from. A dict or `VideoMetadata`, or a list of them.
-            kwargs: any option of the processor; `num_frames` and `fps` exclude each other.
+            video_metadata: for videos given as frames: the `fps` and `total_num_frames` of the source, and in
+                `frames_indices` the positions of the given frames in it. A dict or `VideoMetadata`, or a list of them.
+            kwargs: options of the processor; `num_frames` and `fps` exclude each other.
         Returns:
-            `BatchFeature` with `pixel_values_videos` float32 `(videos, max_frames, 3, H, W)`, shorter videos filled
-            with zeros at the end; `num_frames` int64 `(videos,)`; and with `return_metadata=True` `video_metadata`,
+            `BatchFeature` with `pixel_values_videos` float32 `(videos, max_frames, 3, H, W)`, where shorter videos are
+            padded with zeros; `num_frames` int64 `(videos,)`; and with `return_metadata=True` also `video_metadata`,
             one `FrameMetadata` per video: source indices, source frame rate, `timestamps` in seconds.
         Raises:
-            VideoDecodeError: a video cannot be read; one line that names it.
+            VideoDecodeError: a video cannot be read; the message is one line that names it.
             ValueError: options or arrays that do not fit.
         """
         kwargs.pop("load_audio_from_video", None)  # servers set it for every processor; we have no use for sound
@@ -241,18 +241,18 @@ class LongVLMVideoProcessor(BaseVideoProcessor):
         return features
 
     def iter_pixel_values(self, video, **kwargs) -> Iterator[torch.Tensor]:
-        """The `pixel_values` of `iter_pieces`, which see: float32 `(frames, 3, H, W)`."""
+        """Yields the `pixel_values` of `iter_pieces`: float32 `(frames, 3, H, W)`."""
         for piece in self.iter_pieces(video, **kwargs):
             yield piece.pixel_values
 
     def iter_pieces(self, video, *, frames_per_piece: int = 128, progress=None, **kwargs) -> Iterator[VideoPiece]:
         """
-        One video piece by piece, for a video of any length in constant memory: the pieces together are what
-        `preprocess` gives for it.
+        Yields one video piece by piece, so that memory does not grow with its length. Together the pieces are what
+        `preprocess` returns.
 
         Args:
             video: as in `preprocess`.
-            frames_per_piece: the most frames of a piece.
+            frames_per_piece: maximum number of frames per piece.
             progress, kwargs: as in `preprocess`.
         Yields:
             `VideoPiece`.
@@ -271,8 +271,8 @@ class LongVLMVideoProcessor(BaseVideoProcessor):
 
     def open_video(self, video) -> VideoSource:
         """
-        Opens a video that is not given as frames; from an address it is downloaded. What comes back may be given in
-        its place to `iter_pieces`, any number of times, until it is closed (a context manager).
+        Opens a video that is not given as frames; one at a URL is downloaded. The result can be passed to
+        `iter_pieces` any number of times, until it is closed (it is a context manager).
 
         Raises:
             VideoDecodeError: there is no such video.
@@ -289,19 +289,19 @@ class LongVLMVideoProcessor(BaseVideoProcessor):
         return torch.stack(decoded.frames), decoded.metadata
 
     def _options(self, kwargs: dict) -> dict:
-        """What the call says, else what the processor says."""
+        """Options of the call, else those of the processor."""
         kwargs = _size_as_output(kwargs)
         validate_typed_dict(self.valid_kwargs, kwargs)
         options = {name: getattr(self, name, None) for name in self.valid_kwargs.__annotations__}
         options |= kwargs
-        # `num_frames` and `fps` of the call only: the processor's own are not a choice against the other one
+        # Only those of the call: the processor's own `num_frames` does not conflict with the `fps` of a call.
         options["num_frames"], options["fps"] = kwargs.get("num_frames"), kwargs.get("fps")
         return self._standardize_kwargs(**options)
 
     def _load(
         self, video, metadata: Mapping | None, options: dict, progress, frames_per_piece: int | None = None
     ) -> Iterator[DecodedVideo]:
-        """-> frames uint8 or float32 `(3, H, W)`, already resized; all in one piece unless asked otherwise."""
+        """Yields frames uint8 or float32 `(3, H, W)`, already resized; all in one piece by default."""
 
         def choose(metadata):
             if not options["do_sample_frames"]:
@@ -392,8 +392,8 @@ def _all_frames(metadata, limit: int = MAX_UNSAMPLED_FRAMES) -> np.ndarray:
     """Every index; refuses videos whose frames would fill the memory."""
     if metadata.total_num_frames > limit:
         raise ValueError(
-            f"the video has {metadata.total_num_frames} frames, more than {limit}: without sampling all would be "
-            "kept; pass num_frames or fps with do_sample_frames=True, or a larger max_frames"
+            f"the video has {metadata.total_num_frames} frames, more than {limit}, and without sampling "
+            "all of them are kept; pass num_frames or fps with do_sample_frames=True, or a larger max_frames"
         )
     return np.arange(metadata.total_num_frames)
 
@@ -405,14 +405,14 @@ def _middles(total: int, count: int) -> np.ndarray:
 
 
 def _replace_options(kwargs: dict, own: dict) -> dict:
-    """`kwargs` with `own` over them; a frame count replaces a frame rate, and the other way round."""
+    """`kwargs` overridden by `own`; a frame count also replaces a frame rate, and vice versa."""
     if "num_frames" in own or "fps" in own:
         kwargs = {name: value for name, value in kwargs.items() if name not in ("num_frames", "fps")}
     return {**kwargs, **own}
 
 
 def _size_as_output(kwargs: dict) -> dict:
-    """Turn CLIP's and DINOv2's way to write sizes into ours, where `size` is what comes out."""
+    """Turns the sizes of CLIP and DINOv2 files into ours, where `size` is the output size."""
     kwargs = dict(kwargs)
     size, crop_size = kwargs.get("size"), kwargs.pop("crop_size", None)
     if crop_size is not None:
@@ -431,7 +431,7 @@ def _size_as_output(kwargs: dict) -> dict:
         kwargs["size"] = size or crop_size
         if isinstance(size, Mapping) and {k: v for k, v in dict(size).items() if v} != crop_size:
             raise ValueError(
-                f"crop_size={crop_size} differs from size={dict(size)}; size is what comes out, leave crop_size"
+                f"crop_size={crop_size} differs from size={dict(size)}; leave out crop_size: size is the output size"
             )
     return kwargs
 
@@ -443,15 +443,15 @@ def flatten_videos(videos) -> list:
     """
     The videos of a (nested) list, in order.
 
-    A list of frames (pictures or arrays of 2 or 3 axes) is one video; a list of strings is a list of videos, but at
-    the third level, where chat templates put them, it is one video given as paths of its frames.
+    A list of frames (pictures, or arrays of 2 or 3 axes) is one video. A list of strings is a list of videos, but at
+    the third level, where chat templates put them, it is one video, given as the paths of its frames.
     """
     if _is_array(videos) and videos.ndim == 5:
         return list(videos)
     if not isinstance(videos, (list, tuple)):
         return [videos]
     if not videos:
-        raise ValueError("an empty list of videos was given")
+        raise ValueError("the list of videos is empty")
     flat = []
     if all(_is_frame(video) for video in videos):
         return [videos]
@@ -556,9 +556,9 @@ def _match_metadata(metadata, videos: int) -> list:
 
 
 def _describe_frames(frames: list, metadata: Mapping | None) -> tuple[FrameMetadata, FrameMetadata]:
-    """-> metadata of the frames given, as if they were a whole video; and of the source that they come from.
+    """Returns metadata of the given frames, as if they were a whole video, and of the source that they come from.
 
-    The source's `frames_indices` are those of the frames given, or `None` if nobody says.
+    The source's `frames_indices` are those of the given frames, or `None` if they are unknown.
     """
     known = {key: metadata[key] for key in METADATA_FIELDS if key in metadata} if metadata is not None else {}
     height, width = _to_rgb(frames[0]).shape[1:]

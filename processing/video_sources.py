@@ -1,8 +1,8 @@
 """Where a video comes from: a path, a URL, bytes, an open file or a directory of frames.
 
-Each becomes a `VideoSource`, which names the video in errors and can be opened again, so that several
-readers may work on one video. Nothing here decodes video; pictures in a directory are read with Pillow.
-What cannot be opened ends in one `VideoDecodeError` line that names the video and the reason.
+Each becomes a `VideoSource`, which names the video in errors and can be opened repeatedly, so that several readers
+can work on one video. Nothing here decodes video; pictures in a directory are read with Pillow. If a video cannot be
+opened, a `VideoDecodeError` says which one and why, in one line.
 """
 
 import hashlib
@@ -22,21 +22,21 @@ CONNECT_TIMEOUT, READ_TIMEOUT = 10.0, 60.0  # seconds
 
 
 class VideoDecodeError(ValueError):
-    """A video cannot be read. The message is one line: the video's name, then the reason."""
+    """A video cannot be read. The message is one line: the name of the video, then the reason."""
 
 
 class VideoDecodeWarning(UserWarning):
-    """A part of a video cannot be read; the message says how much."""
+    """Part of a video cannot be read; the message says how much."""
 
 
 class VideoSource:
-    """A video that may be opened any number of times.
+    """A video that can be opened any number of times.
 
     Args:
         name: what to call the video in messages (a path, a URL, "<1234 bytes>").
         path: a file or a directory on disk, or
         data: the whole file as bytes, or
-        file: a seekable binary file object; it has one position, so it serves one reader at a time.
+        file: a seekable binary file object; since it has one position, it serves one reader at a time.
         temporary: delete the file at `path` on `close()`.
     """
 
@@ -57,13 +57,13 @@ class VideoSource:
 
     @cached_property
     def size(self) -> int:
-        """Length in bytes; taken before a decoder moves through `file`."""
+        """Size in bytes; determined before a decoder moves through `file`."""
         if self.path is not None:
             return os.path.getsize(self.path)
         return len(self.data) if self.data is not None else self.file.seek(0, io.SEEK_END)
 
     def digest(self) -> bytes:
-        """Tells the video by its content; not of a directory."""
+        """Identifies the video by its content; not for a directory."""
         if self.data is not None:
             return hashlib.blake2b(self.data).digest()
         if self.path is None:
@@ -73,7 +73,7 @@ class VideoSource:
             return hashlib.file_digest(file, "blake2b").digest()
 
     def open(self):
-        """What a decoder takes: a path or a binary file object that stands at its start."""
+        """What a decoder takes: a path, or a binary file object at its start."""
         if self.path is not None:
             return self.path
         if self.data is not None:
@@ -93,18 +93,18 @@ class VideoSource:
 
 
 class _Borrowed:
-    """The caller's file object without its `close`: decoders close what they are given."""
+    """The caller's file object without `close`: decoders close what they are given."""
 
     def __init__(self, file):
         self.read, self.seek, self.tell = file.read, file.seek, file.tell
 
 
 def open_source(video) -> VideoSource:
-    """Find the video.
+    """Finds a video.
 
     Args:
         video: a path (`str`, `os.PathLike`) of a file or a directory of pictures; a URL (http, https, file,
-            data); the file's bytes; a binary file object; or a `VideoSource`, which stays its opener's to close.
+            data); the bytes of a file; a binary file object; or a `VideoSource`, which whoever opened it closes.
     Raises:
         VideoDecodeError: no such file, empty, unreachable, or not one of these types.
     """
@@ -150,7 +150,7 @@ def _from_file_object(file) -> VideoSource:
     except (OSError, ValueError, TypeError) as error:
         raise VideoDecodeError(f"{name}: the file object cannot be read ({error})") from None
     if not isinstance(data, bytes):
-        raise VideoDecodeError(f'{name}: the file object gives text; open the file with mode "rb"')
+        raise VideoDecodeError(f'{name}: the file object returns text; open the file with mode "rb"')
     return VideoSource(name, file=file) if seekable else VideoSource(name, data=data)
 
 
@@ -171,7 +171,7 @@ def _from_url(url: str) -> VideoSource:
 
 
 def _download(url: str, name: str, suffix: str) -> VideoSource:
-    """Save to a temporary file: seeking in it is cheap, and a long video never stands in memory."""
+    """Downloads to a temporary file: seeking is cheap there, and a long video never has to fit in memory."""
     try:
         from huggingface_hub.utils import httpx  # the client that transformers itself uses
     except ImportError:
@@ -200,15 +200,15 @@ def list_frame_files(source: VideoSource) -> list[str]:
     names = [name for name in os.listdir(source.path) if name.lower().endswith(IMAGE_SUFFIXES) and name[0] != "."]
     if not names:
         raise VideoDecodeError(
-            f"{source.name}: the directory holds no frames (picture files such as {', '.join(IMAGE_SUFFIXES[:3])})"
+            f"{source.name}: the directory contains no frames (picture files such as {', '.join(IMAGE_SUFFIXES[:3])})"
         )
-    # Split at numbers: every second part is one.
+    # Split at numbers: every second part is a number.
     names.sort(key=lambda name: [int(p) if i % 2 else p for i, p in enumerate(re.split("([0-9]+)", name))])
     return [os.path.join(source.path, name) for name in names]
 
 
 def read_picture(path: str, name: str | None = None) -> np.ndarray:
-    """A picture file as RGB uint8 `(H, W, 3)`, turned upright by its EXIF tag; alpha is dropped."""
+    """A picture file as RGB uint8 `(H, W, 3)`, rotated upright by its EXIF tag; alpha is dropped."""
     try:
         with Image.open(path) as image:
             return picture_to_rgb(ImageOps.exif_transpose(image))

@@ -41,7 +41,7 @@ def test_a_missing_file(tmp_path):
 
 def test_a_directory_without_frames(tmp_path):
     (tmp_path / "readme.txt").write_text("hello")
-    one_line_error(str(tmp_path), str(tmp_path), "holds no frames")
+    one_line_error(str(tmp_path), str(tmp_path), "contains no frames")
 
 
 def test_a_directory_with_a_damaged_frame(tmp_path):
@@ -177,7 +177,7 @@ def test_a_damaged_middle_costs_only_its_frames(tmp_path):
     middle, hole = len(content) // 2, len(content) // 10
     content[middle : middle + hole] = bytes(hole)
     path.write_bytes(content)
-    with pytest.warns(VideoDecodeWarning, match=r"hole\.mp4: .*of the 250 frames asked for cannot be decoded"):
+    with pytest.warns(VideoDecodeWarning, match=r"hole\.mp4: .*of the 250 requested frames cannot be decoded"):
         decoded = decode_video(path)
     assert 150 < len(decoded.frames) < 250
     indices = decoded.metadata.frames_indices
@@ -193,4 +193,4 @@ def test_a_video_none_of_whose_frames_can_be_decoded(tmp_path):
     content = path.read_bytes()
     start, end = content.index(b"mdat") + 4, content.index(b"moov") - 4
     path.write_bytes(content[:start] + bytes(end - start) + content[end:])
-    one_line_error(path, "hollow.mp4", "none of the 4 frames asked for can be decoded")
+    one_line_error(path, "hollow.mp4", "none of the 4 requested frames can be decoded")

@@ -286,7 +286,7 @@ ERRORS = {
     "empty_list": ({"text": []}, "empty list"),
     "number": ({"text": 3}, "text must be a string or a list of strings, not int: 3"),
     "number_in_list": ({"text": ["a", None]}, "text 1 must be a string, not NoneType: None"),
-    "image": ({"text": "a", "images": [1]}, "no images"),
+    "image": ({"text": "a", "images": [1]}, "not images"),
 }
 
 
@@ -304,13 +304,15 @@ def test_truncation_that_cuts_a_video_names_the_length_needed(side):
         processor = make_processor(tokenizer)
         processor.tokenizer.truncation_side = side
         text = "What is it? <video> And then?"
-        with pytest.raises(ValueError, match=r"max_length=6 would cut .* text 1: it needs max_length=") as caught:
+        with pytest.raises(
+            ValueError, match=r"max_length=6 would cut .* text 1: it needs at least max_length="
+        ) as caught:
             processor(["no", text], video(9), truncation=True, max_length=6)
         needed = int(str(caught.value).split("it needs max_length=")[1].split()[0])
         kept = processor(text, video(9), truncation=True, max_length=needed)
         assert places(processor, kept["input_ids"]) == [11]
         assert len(kept["input_ids"][0]) == needed
-        with pytest.raises(ValueError, match=f"needs max_length={needed} "):
+        with pytest.raises(ValueError, match=f"needs at least max_length={needed}, "):
             processor(text, video(9), truncation=True, max_length=needed - 1)
     assert len(processor("What is it? " * 9, truncation=True, max_length=6)["input_ids"][0]) == 6
 

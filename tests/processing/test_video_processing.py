@@ -110,7 +110,7 @@ def test_fps_of_the_processor_comes_before_its_num_frames(video_file):
     "options, message",
     [
         ({"num_frames": 3, "fps": 1.0}, "exclude each other"),
-        ({"fps": 1.0}, "frame rate is not known"),
+        ({"fps": 1.0}, "frame rate of the video is unknown"),
         ({"short_video": "loop"}, '"loop" is not known'),
     ],
 )

@@ -308,7 +308,7 @@ def test_truncation_that_cuts_a_video_names_the_length_needed(side):
             ValueError, match=r"max_length=6 would cut .* text 1: it needs at least max_length="
         ) as caught:
             processor(["no", text], video(9), truncation=True, max_length=6)
-        needed = int(str(caught.value).split("it needs max_length=")[1].split()[0])
+        needed = int(str(caught.value).split("it needs at least max_length=")[1].split(",")[0])
         kept = processor(text, video(9), truncation=True, max_length=needed)
         assert places(processor, kept["input_ids"]) == [11]
         assert len(kept["input_ids"][0]) == needed

@@ -127,14 +127,14 @@ class LongVLMConfig(PreTrainedConfig):
         `tokens_per_segment` in line with `merge_schedule`. The model calls it again: options may have been changed."""
         layers = self.vision_config.num_hidden_layers
         width = self.vision_config.hidden_size
-        _at_least("frames_per_segment", self.frames_per_segment, 1)
-        _at_least("tokens_per_segment", self.tokens_per_segment, 1)
-        _at_least("vision_chunk_frames", self.vision_chunk_frames, 1)
-        _at_least("merge_num_heads", self.merge_num_heads, 1)
-        _at_least("num_global_layers", self.num_global_layers, 0)
+        check_at_least("frames_per_segment", self.frames_per_segment, 1)
+        check_at_least("tokens_per_segment", self.tokens_per_segment, 1)
+        check_at_least("vision_chunk_frames", self.vision_chunk_frames, 1)
+        check_at_least("merge_num_heads", self.merge_num_heads, 1)
+        check_at_least("num_global_layers", self.num_global_layers, 0)
         ids = {name: getattr(self, name) for name in ("video_token_id", "video_start_token_id", "video_end_token_id")}
         for name, value in ids.items():
-            _at_least(name, value, 0)
+            check_at_least(name, value, 0)
         if len(set(ids.values())) < len(ids):
             raise ValueError(f"The three video tokens need ids of their own, got {ids}.")
         if self.num_global_layers > layers:
@@ -142,7 +142,7 @@ class LongVLMConfig(PreTrainedConfig):
                 f"num_global_layers must be at most the {layers} layers of the vision encoder, got "
                 f"{self.num_global_layers}."
             )
-        _at_least("vision_feature_layer", self.vision_feature_layer, -layers - 1)
+        check_at_least("vision_feature_layer", self.vision_feature_layer, -layers - 1)
         if self.vision_feature_layer > layers:
             raise ValueError(
                 f"vision_feature_layer must be a hidden state of the vision encoder, {-layers - 1} to {layers}, got "
@@ -155,7 +155,7 @@ class LongVLMConfig(PreTrainedConfig):
         if not isinstance(self.merge_schedule, (list, type(None))):
             raise ValueError(f"merge_schedule must be a list of numbers of pairs, got {self.merge_schedule!r}.")
         for r in self.merge_schedule or ():
-            _at_least("every step of merge_schedule", r, 1)
+            check_at_least("every step of merge_schedule", r, 1)
         _one_of("merge_similarity", self.merge_similarity, ("mean_head", "per_head"))
         _one_of("merge_order", self.merge_order, ("matching", "time"))
         _one_of("global_placement", self.global_placement, ("prefix", "suffix", "none"))
@@ -163,7 +163,7 @@ class LongVLMConfig(PreTrainedConfig):
         if not isinstance(self.video_delimiters, bool):
             raise ValueError(f"video_delimiters must be True or False, got {self.video_delimiters!r}.")
         if self.image_size is not None and not isinstance(self.image_size, (list, tuple)):
-            _at_least("image_size", self.image_size, 1)
+            check_at_least("image_size", self.image_size, 1)
         (height, width), (patch_height, patch_width) = self.frame_size, _pair(self.vision_config.patch_size)
         if height < patch_height or width < patch_width:
             raise ValueError(
@@ -202,7 +202,7 @@ class LongVLMConfig(PreTrainedConfig):
         Raises:
             ValueError: if there is not a single frame.
         """
-        _at_least("num_frames", num_frames, 1)
+        check_at_least("num_frames", num_frames, 1)
         num_frames = operator.index(num_frames)
         k = self.segment_length(num_frames)
         segments, rest = divmod(num_frames, k)
@@ -256,7 +256,7 @@ def _pair(size) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
-def _at_least(name: str, value, limit: int) -> None:
+def check_at_least(name: str, value, limit: int) -> None:
     if not hasattr(value, "__index__") or isinstance(value, bool) or operator.index(value) < limit:
         raise ValueError(f"{name} must be a whole number of at least {limit}, got {value!r}.")
 

@@ -388,7 +388,7 @@ class LongVLMModel(LongVLMPreTrainedModel):
         """`features`, if they are features of videos for this model.
 
         Raises:
-            ValueError: they are something else, or have another width.
+            ValueError: they are something else, or have another width or number of global tokens.
         """
         if not isinstance(features, Mapping) or not {"local_features", "global_features"} <= features.keys():
             raise ValueError(
@@ -402,6 +402,12 @@ class LongVLMModel(LongVLMPreTrainedModel):
                     f"video_features are {tokens.shape[-1]} wide, this model's vision encoder {width}: they are of "
                     "another model, or went through the projector already."
                 )
+        given, needed = features["global_features"].shape[1], self.config.num_global_tokens
+        if needed and given != needed:  # a model that places none takes features with and without
+            raise ValueError(
+                f"video_features have {given} global tokens per video, this model needs {needed}: encode the videos "
+                f'with num_global_layers={needed} and global_placement="{self.config.global_placement}"'
+            )
         return features
 
     def project_features(self, local_features, global_features: Tensor, **facts) -> LongVLMVideoFeatures:

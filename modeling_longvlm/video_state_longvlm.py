@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .configuration_longvlm import check_at_least
 from .vision_tower_longvlm import encode_frames, vision_encoder
 
 
@@ -32,7 +33,10 @@ class LongVLMVideoState:
     def __init__(self, model, frames_per_segment: int | None = None, *, keep_assignment: bool = False):
         model.config.validate_method()  # options may have been changed since the model was made
         self.model = model
-        self.frames_per_segment = frames_per_segment or model.config.frames_per_segment
+        if frames_per_segment is None:
+            frames_per_segment = model.config.frames_per_segment
+        check_at_least("frames_per_segment", frames_per_segment, 1)
+        self.frames_per_segment = frames_per_segment
         self.num_frames = 0
         self.duration: float | None = None
         self._times: list[float] | None = []
@@ -75,7 +79,7 @@ class LongVLMVideoState:
         if timestamps is None and num_frames > self.num_frames:
             self._times = None
         elif self._times is not None:
-            self._times += map(float, timestamps or ())
+            self._times += map(float, () if timestamps is None else timestamps)
         self.num_frames = num_frames
 
     def _take(self, patches: Tensor) -> None:

@@ -18,6 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from transformers import AutoModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.clip.modeling_clip import eager_attention_forward
 
 
 class EncodedFrames(NamedTuple):
@@ -115,17 +117,18 @@ class KnownEncoder(VisionEncoder):
     An encoder whose layers are run here: embeddings, perhaps a norm, then layer after layer.
 
     Args:
+        class_name (`str`): the class whose layers are known; its subclasses and wrappers run as a whole.
         layers (`str`): path of the `ModuleList` of layers in the encoder.
         norm (`str`, *optional*): path of the norm between embeddings and first layer.
-        is_dinov2 (`bool`): the embeddings need not be told of frames of another size, and the layers of older versions
+        is_dinov2 (`bool`): the embeddings adapt to other frame sizes by themselves, and the layers of older versions
             take no attention mask.
     """
 
-    def __init__(self, layers: str, norm: str | None = None, is_dinov2: bool = False):
-        self.layers, self.norm, self.is_dinov2 = layers, norm, is_dinov2
+    def __init__(self, class_name: str, layers: str, norm: str | None = None, is_dinov2: bool = False):
+        self.class_name, self.layers, self.norm, self.is_dinov2 = class_name, layers, norm, is_dinov2
 
     def hidden_states(self, tower: nn.Module, frames: Tensor, reading: Reading) -> Iterator[tuple[int, Tensor]]:
-        if _must_run_as_a_whole(tower):
+        if type(tower).__name__ != self.class_name or _is_modified(tower):
             yield from super().hidden_states(tower, frames, reading)
             return
         options = {} if self.is_dinov2 else {"interpolate_pos_encoding": reading.resized}
@@ -133,18 +136,54 @@ class KnownEncoder(VisionEncoder):
         if self.norm is not None:
             hidden_state = tower.get_submodule(self.norm)(hidden_state)
         yield 0, hidden_state
-        layers, no_mask = tower.get_submodule(self.layers), () if self.is_dinov2 else (None,)
-        for number in range(reading.last_layer):
-            hidden_state = layers[number](hidden_state, *no_mask)
-            yield number + 1, hidden_state
+        layers = tower.get_submodule(self.layers)
+        for number in range(1, reading.last_layer + 1):
+            for_frame_token = number == reading.last_layer != reading.feature_layer
+            hidden_state = self.run_layer(layers[number - 1], hidden_state, for_frame_token)
+            yield number, hidden_state
+
+    def run_layer(self, layer: nn.Module, hidden_state: Tensor, for_frame_token: bool) -> Tensor:
+        """
+        Args:
+            layer: one layer of the encoder.
+            hidden_state: `(c, tokens, d)`, the layer's input.
+            for_frame_token: nothing but the frame token will be read of the result.
+        """
+        return layer(hidden_state) if self.is_dinov2 else layer(hidden_state, None)
+
+
+class CLIPEncoder(KnownEncoder):
+    """
+    CLIP. If the last layer is read for [CLS] alone, only the row of [CLS] is computed, from the keys and values of all
+    tokens. It is the row that the whole layer gives.
+    """
+
+    def run_layer(self, layer: nn.Module, hidden_state: Tensor, for_frame_token: bool) -> Tensor:
+        attention = layer.self_attn
+        implementation = attention.config._attn_implementation
+        as_a_whole = layer.training or _is_modified(layer) or _is_modified(attention)
+        if not for_frame_token or as_a_whole or implementation not in ("eager", "sdpa"):
+            return super().run_layer(layer, hidden_state, for_frame_token)
+        heads = (attention.num_heads, attention.head_dim)
+        normed = layer.layer_norm1(hidden_state)
+        query, key, value = (
+            project(tokens).unflatten(-1, heads).transpose(1, 2)  # (c, heads, tokens, d / heads)
+            for project, tokens in (
+                (attention.q_proj, normed[:, :1]), (attention.k_proj, normed), (attention.v_proj, normed)
+            )
+        )  # fmt: skip
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+        seen, _ = attend(attention, query, key, value, None, scaling=attention.scale, dropout=0.0)
+        class_token = hidden_state[:, :1] + attention.out_proj(seen.flatten(2))  # (c, 1, d)
+        return class_token + layer.mlp(layer.layer_norm2(class_token))
 
 
 ENCODERS: dict[str, VisionEncoder] = {
-    "clip_vision_model": KnownEncoder("encoder.layers", norm="pre_layrnorm"),
-    "siglip_vision_model": KnownEncoder("encoder.layers"),
-    "dinov2": KnownEncoder("encoder.layer", is_dinov2=True),
-    "dinov2_with_registers": KnownEncoder("encoder.layer", is_dinov2=True),
-    "vit": KnownEncoder("layers"),
+    "clip_vision_model": CLIPEncoder("CLIPVisionModel", "encoder.layers", norm="pre_layrnorm"),
+    "siglip_vision_model": KnownEncoder("SiglipVisionModel", "encoder.layers"),
+    "dinov2": KnownEncoder("Dinov2Model", "encoder.layer", is_dinov2=True),
+    "dinov2_with_registers": KnownEncoder("Dinov2WithRegistersModel", "encoder.layer", is_dinov2=True),
+    "vit": KnownEncoder("ViTModel", "layers"),
 }
 _OTHER = VisionEncoder()
 
@@ -188,12 +227,11 @@ def to_device_of(module: nn.Module, tensor: Tensor) -> Tensor:
     return tensor if device.type == "meta" else tensor.to(device)
 
 
-def _must_run_as_a_whole(tower: nn.Module) -> bool:
-    """Whether somebody relies on the tower's own call: hooks (accelerate, FSDP, the user's), or a compiled tower."""
+def _is_modified(module: nn.Module) -> bool:
+    """Whether somebody relies on the module's own call: hooks (accelerate, FSDP, the user's), or `compile()`."""
     return bool(
-        tower._forward_hooks
-        or tower._forward_pre_hooks
-        or "forward" in vars(tower)  # accelerate puts its own in the place of the class's
-        or getattr(tower, "_compiled_call_impl", None) is not None
-        or hasattr(tower, "_orig_mod")
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or "forward" in vars(module)  # accelerate replaces the method of the class
+        or getattr(module, "_compiled_call_impl", None) is not None
     )

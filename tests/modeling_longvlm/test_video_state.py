@@ -93,7 +93,7 @@ def test_frames_that_do_not_fit_leave_the_video_as_it_was():
         state.append(noise_video(2, size=28)[0], timestamps=[5, 6])
     with pytest.raises(ValueError, match=r"\(1, 2, 3, 56, 56\)"):
         state.append(PIXELS[None, :2], timestamps=[5, 6])
-    with pytest.raises(ValueError, match="1 timestamps.* 2 frames"):
+    with pytest.raises(ValueError, match=r"1 timestamps.* 2 frames"):
         state.append(PIXELS[:2], timestamps=[5])
     assert state.num_frames == 5
     actual = state.features()
@@ -128,7 +128,7 @@ def bytes_held(value) -> int:
 
 @torch.no_grad()
 def test_memory_is_bounded():
-    """A segment more costs its tokens; what waits for the rest of its segment is never more than a chunk of patches."""
+    """Each segment costs its tokens; what waits for the rest of a segment is never more than a chunk of patches."""
     model, _ = tiny_longvlm(tokens_per_segment=2, vision_chunk_frames=16)
     state = model.start_video()
     for piece in noise_video(150)[0].split(25):  # pieces end in the middle of a segment
@@ -242,5 +242,5 @@ def test_features_without_the_global_tokens_that_the_model_places_are_refused():
     model = MODELS["prefix"]
     inputs = {"input_ids": torch.full((1, features.num_tokens(model.config)[0]), model.config.video_token_id)}
     for call in (model, model.generate):
-        with pytest.raises(ValueError, match="0 global tokens.* 2"):
+        with pytest.raises(ValueError, match=r"0 global tokens.* 2"):
             call(**inputs, video_features=features)

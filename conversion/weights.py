@@ -95,7 +95,7 @@ class Weights(Mapping[str, Tensor]):
         file = self._files[name]
         if self._file != file or self._is_worth_remapping():
             self._open(file)
-        tensor = self._tensors[name]
+        tensor = self._tensors[name].detach()  # an object of its own: `_tensors` holds the others
         self._num_bytes += self.infos[name].num_bytes
         self._given.append(weakref.ref(tensor))
         return tensor

@@ -175,7 +175,8 @@ class TestTags:
         assert part.name == f"open_clip:{name}/laion2b_s32b_b82k"
 
     def test_download_that_fails_is_one_line(self):
-        with pytest.raises(OSError, match=r"open_clip:ViT-L-14/openai cannot be downloaded .*; give a local file") as error:
+        says = r"open_clip:ViT-L-14/openai cannot be downloaded .*; give a local file"
+        with pytest.raises(OSError, match=says) as error:
             load_open_clip("ViT-L-14", "openai")  # the tests have no network
         assert "\n" not in str(error.value)
 

@@ -21,7 +21,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokeniz
 
 import longvlm
 from longvlm.conversion.original import VIDEO_TOKENS, convert_original
-from longvlm.conversion.original_features import read_feature_file
+from longvlm.conversion.original_features import convert_features, read_feature_file
 from longvlm.conversion.to_original import convert_to_original
 from longvlm.conversion.weights import Weights
 from longvlm_cli import app as cli
@@ -246,6 +246,32 @@ def test_shards_of_any_size_hold_the_same(converted, vision, tmp_path):
     one, many = (AutoModelForImageTextToText.from_pretrained(f, dtype="float32") for f in (converted[0], out))
     for (name, a), (other, b) in zip(one.state_dict().items(), many.state_dict().items(), strict=True):
         assert name == other and torch.equal(a, b)
+
+
+def test_progress_has_one_form(vision, tmp_path):
+    stages, counts = [], {}
+
+    def progress(stage, done=0, total=0):
+        stages.append(stage)
+        if total:
+            counts.setdefault(stage, []).append((done, total))
+
+    out, shards, features = tmp_path / "out", tmp_path / "shards", ORIGINAL / "features"
+    sources = {"delta": DELTA, "projector": PROJECTOR, "vision": vision}
+    report = convert_original(BASE, out, **sources, progress=progress)
+    assert list(dict.fromkeys(stages)) == [
+        "comparing the sources",
+        "loading the vision encoder",
+        "writing",
+        "checking",
+        "running it on a generated clip",
+    ]
+    convert_features(features / "local", features / "memory", shards, progress=progress)
+    convert_to_original(out, tmp_path / "back", features=shards, progress=progress)
+    totals = {"writing": report.num_bytes, "converting features": 2, "writing features": 2}
+    assert counts.keys() == totals.keys()
+    for stage, steps in counts.items():
+        assert steps == sorted(steps) and steps[-1] == (totals[stage], totals[stage])
 
 
 # --- it works like any other checkpoint ---

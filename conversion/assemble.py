@@ -114,7 +114,7 @@ def join(
     """
     Model and processor made of the two parts. Their weights are used as they are, not copied.
 
-    Args: as of [`assemble`].
+    Args: as for [`assemble`].
 
     Raises:
         ValueError: the parts do not fit each other.
@@ -129,7 +129,7 @@ def join(
     if not isinstance(llm.get_output_embeddings(), nn.Linear):
         raise ValueError(f"{type(llm).__name__} has no linear output layer; it cannot be the language model")
     ids = _add_video_tokens(tokenizer, llm)
-    # Without a path of this machine.
+    # Names only: no path of this machine is published.
     vision.model.config._name_or_path, llm.config._name_or_path = vision.name, language.name
     config = LongVLMConfig(
         vision_config=vision.model.config.to_dict(),

@@ -95,7 +95,7 @@ def convert_open_clip(
     progress("reading the vision tower")
     part = load_open_clip(model, pretrained, dtype=as_dtype(dtype), allow_torchscript=allow_torchscript)
     progress("writing")
-    # Without a path of this machine.
+    # A name only: no path of this machine is published.
     part.model.config._name_or_path = part.name
     with output_folder(out, overwrite=overwrite) as folder:
         part.model.save_pretrained(folder)

@@ -59,7 +59,7 @@ def layout_of_file(file: str | Path) -> str:
     rows = len(read_feature_file(file))
     layout = layout_of_rows(rows)
     if layout is None:
-        known = ", ".join(f"{layout.local_rows} ({name})" for name, layout in LAYOUTS.items())
+        known = " or ".join(f"{layout.local_rows} ({name})" for name, layout in LAYOUTS.items())
         raise ValueError(f"{file} has {rows} rows, but local features have {known}")
     return layout
 

@@ -411,10 +411,10 @@ def test_wrong_folders_are_told_in_one_line(tmp_path, monkeypatch, capsys):
     assert "holds no .pkl files" in refused(tmp_path / "empty", tmp_path / "empty", *out)
     shutil.copytree(FEATURES / "local", tmp_path / "local")
     assert "not one of 2 files could be read" in refused(tmp_path / "local", tmp_path / "empty", *out)
-    with pytest.raises(ValueError, match=r"holds no features: index.json lacks"):
+    with pytest.raises(ValueError, match=r"holds no features.*index\.json"):
         FeatureReader(tmp_path / "empty")
     (tmp_path / "empty" / "index.json").write_text("{}")
-    with pytest.raises(ValueError, match="is no index of LongVLM features"):
+    with pytest.raises(ValueError, match="index of LongVLM features"):
         FeatureReader(tmp_path / "empty")
 
 

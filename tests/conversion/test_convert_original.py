@@ -163,7 +163,7 @@ def test_the_converter_says_which_layout_fits_a_feature_file(vision, tmp_path):
     with pytest.raises(ValueError, match="has the layout paper, not released"):
         convert_original(BASE, tmp_path / "out", layout="released", **sources)
     memory = ORIGINAL / CASES["video_305"]["memory"]
-    with pytest.raises(ValueError, match=r"has 7 rows.*300 \(paper\), 200 \(released\)"):
+    with pytest.raises(ValueError, match=r"has 7 rows.*300 \(paper\) or 200 \(released\)"):
         convert_original(BASE, tmp_path / "out", **{**sources, "feature_file": memory})
 
 
@@ -359,10 +359,10 @@ def test_wrong_sources_are_told_in_one_line(vision, tmp_path):
     refused('`layout` "other" is not known; use one of paper, released', layout="other")
     refused('`dtype` "int8" is not known', dtype="int8")
 
-    (lacking := tmp_path / "lacking_shard").mkdir()
-    shutil.copytree(DELTA, lacking, dirs_exist_ok=True)
-    (lacking / "pytorch_model-00002-of-00002.bin").unlink()
-    refused("is missing pytorch_model-00002-of-00002.bin", delta=lacking)
+    (incomplete := tmp_path / "missing_shard").mkdir()
+    shutil.copytree(DELTA, incomplete, dirs_exist_ok=True)
+    (incomplete / "pytorch_model-00002-of-00002.bin").unlink()
+    refused("is missing pytorch_model-00002-of-00002.bin", delta=incomplete)
     for name in ("config.json", "pytorch_model.bin"):
         (folder := tmp_path / f"base without {name}").mkdir()
         shutil.copytree(BASE, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(name))
@@ -397,6 +397,12 @@ def test_wrong_sources_are_told_in_one_line(vision, tmp_path):
             projector=projector_of(**{"model.embed_tokens.weight": torch.zeros(387, 32)}))  # fmt: skip
 
 
+def test_arguments_in_errors_are_flags_on_the_command_line(vision, tmp_path, monkeypatch, capsys):
+    sources = ("--llm", DELTA, "--delta", BASE, "--vision", vision, "--out", tmp_path / "out", "--quiet")
+    assert run_cli(monkeypatch, "original", *sources) == 2
+    assert f"--llm {DELTA} is a delta, not a whole model; swap --llm and --delta" in capsys.readouterr().err
+
+
 def test_a_pickle_that_would_run_something_is_refused(vision, tmp_path):
     class Attack:
         def __reduce__(self):
@@ -409,7 +415,7 @@ def test_a_pickle_that_would_run_something_is_refused(vision, tmp_path):
 
 
 @pytest.mark.parametrize("module", ["sentencepiece", "google.protobuf"])
-def test_what_reads_a_tokenizer_is_named_if_it_lacks(module, vision, tmp_path, monkeypatch):
+def test_what_reads_a_tokenizer_is_named_if_it_is_missing(module, vision, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ImportError, match=r'needs .*pip install "longvlm\[convert\]"'):
         convert_original(BASE, tmp_path / "out", delta=DELTA, projector=PROJECTOR, vision=vision)

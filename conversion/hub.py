@@ -1,6 +1,6 @@
-"""A folder with the files of a model: the folder itself, or what the Hub has under that id.
+"""A folder with the files of a model: a local one, or a download from the Hub.
 
-Only what a converter reads is fetched: configuration, tokenizer, and the weights in one format.
+Only what a converter reads is downloaded: configuration, tokenizer, and the weights in one format.
 """
 
 from pathlib import Path
@@ -13,17 +13,18 @@ FILES = ["*.json", "*.model", "*.safetensors", "*.bin"]
 
 
 def local_folder(source: str | Path) -> Path:
-    """`source` as a folder of this machine.
+    """
+    The local folder for `source`, a folder or a Hub id.
 
     Raises:
-        ValueError: neither a folder nor the id of a model.
+        ValueError: it is neither a folder nor a possible Hub id.
         OSError: the Hub has no such model, or cannot be reached.
     """
     path = Path(source)
     if path.is_dir():
         return path
     if path.is_file():
-        raise ValueError(f"{path} is a file; give the folder that it lies in")
+        raise ValueError(f"{path} is a file; give the folder that it is in")
     try:
         try:
             names = list_repo_files(str(source))
@@ -32,10 +33,10 @@ def local_folder(source: str | Path) -> Path:
         unused = ["*.bin"] if any(name.endswith(".safetensors") for name in names) else []
         return Path(snapshot_download(str(source), allow_patterns=FILES, ignore_patterns=unused))
     except HFValidationError:
-        raise ValueError(f"{source} is no folder, and cannot be the id of a model on the Hub") from None
+        raise ValueError(f"{source} is not a folder, and cannot be a Hub id") from None
 
 
 def short_name(source: str | Path) -> str:
-    """A Hub id as it is; of a local folder its last part, so that no path of this machine is published."""
+    """A Hub id as it is; for a local folder its name alone, so that no path of this machine is published."""
     path = Path(source)
     return path.resolve().name if path.exists() else str(source)

@@ -1,12 +1,13 @@
 """Names of tensors in other code's checkpoints -> names in this package's, as tables.
 
-A table is a sequence of rules, tried from the top; the first whose pattern is found decides. A rule is a regular
-expression that is replaced within the name, and what replaces it, or `None`: the tensor is left out on purpose.
-A name that no rule knows has no place here; the converters refuse it rather than lose it.
+A table is a sequence of rules, tried in order; the first whose pattern is found decides. A rule is a regular
+expression that is replaced within the name, and its replacement, or `None`: the tensor is left out on purpose.
+A name that no rule knows has no place here; the converters refuse it rather than lose the tensor.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 KeyMap = Sequence[tuple[str, str | None]]
 
@@ -14,14 +15,14 @@ LLM, PROJECTOR, VISION = "model.language_model.", "model.multi_modal_projector."
 
 # The released LongVLM code, and LLaVA's of its time (LLaMA with a projector inside).
 ORIGINAL: KeyMap = (
-    (r"rotary_emb\.inv_freq$", None),  # computed anew; zeros in a delta
+    (r"rotary_emb\.inv_freq$", None),  # the model computes them
     (r"^model\.vision_tower\.", None),  # comes from the CLIP model
     (r"^model\.mm_projector\.(weight|bias)$", PROJECTOR + r"linear_1.\1"),
     (r"^(lm_head\.weight)$", r"\1"),
     (r"^model\.(embed_tokens\.weight|norm\.weight|layers\..+)$", LLM + r"\1"),
 )
 
-# `mm_projector.bin`: what the released code saves of a training, in its order. The other way: `TO_MM_PROJECTOR`.
+# `mm_projector.bin`: what a training with the released code saves, in its order. The reverse: `TO_MM_PROJECTOR`.
 MM_PROJECTOR: KeyMap = (
     (r"^model\.mm_projector\.(weight|bias)$", PROJECTOR + r"linear_1.\1"),
     (r"^model\.(embed_tokens\.weight)$", LLM + r"\1"),
@@ -42,13 +43,14 @@ LLAVA_TRANSFORMERS: KeyMap = (
     (r"^(?:language_model\.)?(lm_head\.(?:weight|bias))$", r"\1"),
 )
 
-# LlavaLlamaForCausalLM and VideoChatGPTLlamaForCausalLM of the original repositories.
+# LlavaLlamaForCausalLM and VideoChatGPTLlamaForCausalLM of the original repositories. A projector saved alone may have
+# its names without "model." (`mm_projector.bin` of LLaVA-1.5).
 LLAVA_ORIGINAL: KeyMap = (
     (r"(rotary_emb\.inv_freq|embeddings\.position_ids)$", None),
-    (r"^model\.mm_projector\.(weight|bias)$", PROJECTOR + r"linear_1.\1"),  # Lightning, Video-ChatGPT: linear
-    (r"^model\.mm_projector\.0\.(weight|bias)$", PROJECTOR + r"linear_1.\1"),  # 1.5: linear, GELU, linear
-    (r"^model\.mm_projector\.2\.(weight|bias)$", PROJECTOR + r"linear_2.\1"),
-    (r"^model\.vision_tower\.(?:vision_tower\.)?(?:vision_model\.)?(.+)$", VISION + r"\1"),  # where it was trained
+    (r"^(?:model\.)?mm_projector\.(weight|bias)$", PROJECTOR + r"linear_1.\1"),  # Lightning, Video-ChatGPT: linear
+    (r"^(?:model\.)?mm_projector\.0\.(weight|bias)$", PROJECTOR + r"linear_1.\1"),  # 1.5: linear, GELU, linear
+    (r"^(?:model\.)?mm_projector\.2\.(weight|bias)$", PROJECTOR + r"linear_2.\1"),
+    (r"^model\.vision_tower\.(?:vision_tower\.)?(?:vision_model\.)?(.+)$", VISION + r"\1"),  # if it was trained
     (r"^(lm_head\.(?:weight|bias))$", r"\1"),
     (r"^model\.(embed_tokens\.weight|norm\.weight|layers\..+)$", LLM + r"\1"),
 )
@@ -63,7 +65,7 @@ OPEN_CLIP_VISION: KeyMap = (
     (r"^ln_post\.(weight|bias)$", r"post_layernorm.\1"),
     (r"^transformer\.resblocks\.(\d+)\.ln_([12])\.(weight|bias)$", r"encoder.layers.\1.layer_norm\2.\3"),
     (r"^transformer\.resblocks\.(\d+)\.attn\.out_proj\.(weight|bias)$", r"encoder.layers.\1.self_attn.out_proj.\2"),
-    # One tensor here, three there: q, k and v, in this order, take the place of QKV.
+    # One tensor there, three here: q, k and v, in this order, replace QKV.
     (r"^transformer\.resblocks\.(\d+)\.attn\.in_proj_(weight|bias)$", r"encoder.layers.\1.self_attn.QKV_proj.\2"),
     (r"^transformer\.resblocks\.(\d+)\.mlp\.c_fc\.(weight|bias)$", r"encoder.layers.\1.mlp.fc1.\2"),
     (r"^transformer\.resblocks\.(\d+)\.mlp\.c_proj\.(weight|bias)$", r"encoder.layers.\1.mlp.fc2.\2"),
@@ -83,3 +85,29 @@ def map_key(name: str, table: KeyMap) -> str | None:
         if re.search(pattern, name):
             return None if replacement is None else re.sub(pattern, replacement, name)
     raise KeyError(name)
+
+
+def map_names(names: Iterable[str], table: KeyMap, source: str | Path) -> dict[str, str | None]:
+    """
+    The new name for each name; `None`: left out on purpose.
+
+    Raises:
+        ValueError: `source` holds tensors that no rule knows.
+    """
+    mapped, unknown = {}, []
+    for name in names:
+        try:
+            mapped[name] = map_key(name, table)
+        except KeyError:
+            unknown.append(name)
+    if unknown:
+        raise ValueError(
+            f"{source} holds {first_few(sorted(unknown))}, which a LongVLM has no place for; is it of another kind?"
+        )
+    return mapped
+
+
+def first_few(names: Iterable[str], limit: int = 3) -> str:
+    """The first few names and the number of the others, for a message."""
+    names = list(names)
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

@@ -2,13 +2,12 @@
 
     convert_open_clip("ViT-L-14", "clip-vit", pretrained="laion2b_s32b_b82k")
 
-Only open_clip's own ViT is known here. Activation, heads and epsilon are read from its configuration, never guessed:
-a wrong one hardly shows in the numbers and still costs accuracy. Only the tower's tensors are read from the file.
+Only open_clip's own ViT is supported. Activation, heads and epsilon are read from its configuration, never guessed: a
+wrong one hardly shows in the numbers, yet costs accuracy. Only the tower's tensors are read from the file.
 """
 
 import difflib
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,12 +18,13 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, PILImage
 
 from longvlm.conversion.key_maps import OPEN_CLIP_VISION, map_key
 from longvlm.conversion.parts import VisionPart, as_dtype
-from longvlm.conversion.weight_files import WeightFiles
+from longvlm.conversion.progress import Progress, silent
+from longvlm.conversion.weights import Weights
 from longvlm.files import check_free, output_folder
 
 PREFIX = "open_clip:"
 
-# Options of open_clip's ViT that CLIPVisionModel has no place for: value without effect, and what the option is.
+# Options of open_clip's ViT that CLIPVisionModel does not have: the value without effect, and what the option is.
 _ONLY_WITHOUT = {
     "attentional_pool": (False, "attentional pooling (CoCa)"),
     "no_ln_pre": (False, "no layer norm before its layers (no_ln_pre, CLIPA)"),
@@ -37,7 +37,7 @@ _ONLY_WITHOUT = {
     "scale_attn": (False, "a norm after its attention (scale_attn)"),
     "scale_fc": (False, "a norm inside its MLP (scale_fc)"),
 }
-# Names in a file that tell what it holds, whatever model it is said to be.
+# Names in a file that show what it holds, whatever model it is said to be.
 _SIGNS = {
     "trunk.": "is built from a timm model",
     "attn_pool.": "has attentional pooling (CoCa)",
@@ -64,36 +64,38 @@ def convert_open_clip(
     dtype: torch.dtype | str | None = None,
     allow_torchscript: bool = False,
     overwrite: bool = False,
-    progress: Callable[[str], None] = lambda step: None,
+    progress: Progress | None = None,
 ) -> Path:
-    """Writes the vision tower of an open_clip model as a folder that `AutoModel` and `assemble` load.
+    """
+    Writes the vision tower of an open_clip model as a folder that `AutoModel` and `assemble` load.
 
     Args:
         model: open_clip's name of the architecture, for example "ViT-L-14" or "ViT-B-32-quickgelu".
-        out: folder to write; it appears only when it is complete.
+        out: folder to write; it appears only once it is complete.
         pretrained: a tag that open_clip downloads ("openai", "laion2b_s32b_b82k"...); or a file: safetensors, or a
-            state dict that `torch.save` has written; or a folder as open_clip writes it for the Hub. A tag also says
-            which activation and which preprocessing the weights were trained with; an `open_clip_config.json` beside
-            the file does, too. A file without one is taken to be as the architecture's name says, with OpenAI's mean
-            and standard deviation.
-        dtype: of the weights; `None` or "auto": as they are (float32 if they are of several).
-        allow_torchscript: also read a TorchScript archive, as OpenAI's first `.pt` files are. It can run code.
+            state dict that `torch.save` wrote; or a folder as open_clip writes it for the Hub. A tag also says
+            which activation and which preprocessing the weights were trained with, and so does an
+            `open_clip_config.json` beside the file. Without one, the activation is the one that the architecture's
+            name says, and mean and standard deviation are OpenAI's.
+        dtype: of the weights; `None` or "auto": as saved (float32 if there are several).
+        allow_torchscript: also read TorchScript archives, such as OpenAI's first `.pt` files. They can run code.
         overwrite: replace a folder that is not empty.
-        progress: called with one line per step.
+        progress: called as `progress(stage)` at each step.
 
     Returns:
         `out` as a path.
 
     Raises:
-        ValueError: a tower that `CLIPVisionModel` cannot represent, or weights that do not fit, named in one line.
-        OSError: the weights cannot be downloaded or the folder not be written.
+        ValueError: `CLIPVisionModel` cannot represent the tower, or the weights do not fit.
+        OSError: the weights cannot be downloaded, or the folder cannot be written.
         ImportError: open_clip is not installed.
     """
+    progress = progress or silent
     out = check_free(out, overwrite=overwrite)
     progress("reading the vision tower")
     part = load_open_clip(model, pretrained, dtype=as_dtype(dtype), allow_torchscript=allow_torchscript)
     progress("writing")
-    # Only the name of a tag means anything to somebody else.
+    # A name only: no path of this machine is published.
     part.model.config._name_or_path = part.name
     with output_folder(out, overwrite=overwrite) as folder:
         part.model.save_pretrained(folder)
@@ -111,29 +113,29 @@ def load_open_clip(
     """The vision tower of an open_clip model, in memory; see [`convert_open_clip`]."""
     source = _find(model, pretrained)
     _check_representable(source)
-    weights = WeightFiles(source.file, allow_torchscript=allow_torchscript)
+    weights = Weights(source.file, allow_torchscript=allow_torchscript)
     prefix = "module." if all(name.startswith("module.") for name in weights) else ""  # DistributedDataParallel's
     quick_gelu = bool(source.model.get("quick_gelu"))
     if f"{prefix}input_resolution" in weights:
-        quick_gelu = True  # only OpenAI's own archives hold this, and all of OpenAI's models have QuickGELU
+        quick_gelu = True  # only OpenAI's own archives have this tensor, and all of OpenAI's models have QuickGELU
     config = _config(source, quick_gelu)
     state = _state_dict(source, weights, f"{prefix}visual.", config)
     if dtype is None:
         dtypes = {tensor.dtype for tensor in state.values()}
         dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
-    # Not a state dict loaded into a model: that would first draw random weights, minutes for a large tower.
+    # Not load_state_dict: a model would be filled with random weights first, which takes minutes for a large tower.
     tower = CLIPVisionModel.from_pretrained(None, config=config, state_dict=state, dtype=dtype)
     return VisionPart(tower.eval(), source.name, _image_options(source))
 
 
 def load_open_clip_by_name(name: str, *, dtype: torch.dtype | None = None) -> VisionPart:
-    """As [`load_open_clip`], of one string: `open_clip:ARCHITECTURE/TAG_OR_FILE`."""
+    """As [`load_open_clip`], from one string: `open_clip:MODEL/TAG_OR_FILE`."""
     model, _, pretrained = name.removeprefix(PREFIX).partition("/")
     return load_open_clip(model, pretrained or None, dtype=dtype)
 
 
 def _find(model: str, pretrained: str | Path | None) -> _Source:
-    """Where the weights lie, and the configuration that they were trained with."""
+    """Where the weights are, and the configuration that they were trained with."""
     try:
         import open_clip
     except ImportError:
@@ -143,7 +145,7 @@ def _find(model: str, pretrained: str | Path | None) -> _Source:
         if config is None:
             raise ValueError(_unknown(model, open_clip.list_models()))
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(model)) or "none is published"
-        raise ValueError(f"which weights of {model}? Give a file, or one of open_clip's tags ({tags})")
+        raise ValueError(f"no weights were named for {model}; give a file, or one of open_clip's tags ({tags})")
 
     file = Path(pretrained)
     tag = open_clip.get_pretrained_cfg(model, str(pretrained))
@@ -182,16 +184,18 @@ def _read_description(file: Path) -> dict[str, Any]:
         values = json.loads(file.read_text(encoding="utf-8"))
         values["model_cfg"]["vision_cfg"], values["model_cfg"]["embed_dim"]  # what is read of it
     except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{file} is no description of open_clip (model_cfg with vision_cfg and embed_dim)") from None
+        raise ValueError(
+            f"{file} is not a description by open_clip: expected model_cfg with vision_cfg and embed_dim"
+        ) from None
     return values
 
 
 def _download(open_clip, tag: dict[str, Any], name: str) -> str:
     try:
         return open_clip.download_pretrained(tag)
-    except Exception as error:  # whatever the network or the Hub's client say
+    except Exception as error:  # whatever the network or the Hub's client raise
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise OSError(f"{name} cannot be downloaded ({reason[:200]}); give a file that you have instead") from error
+        raise OSError(f"{name} cannot be downloaded ({reason[:200]}); give a local file instead") from error
 
 
 def _unknown(model: str, known: list[str]) -> str:
@@ -218,14 +222,15 @@ def _check_representable(source: _Source) -> None:
     _activation(source, False)
     if source.preprocess.get("resize_mode") == "longest":
         raise ValueError(
-            f'{name} wants pictures padded to a square (resize_mode "longest"), which no processor here does'
+            f'{name} needs images padded to a square (resize_mode "longest"), which is not supported; give a model '
+            "with another resize_mode"
         )
 
 
 def _refusal(name: str, what: str) -> ValueError:
     return ValueError(
-        f"{name}: its vision tower {what}; CLIPVisionModel of transformers cannot represent it; convert one of "
-        "open_clip's own ViT with a layer norm before its layers and a [CLS] token, such as ViT-L-14"
+        f"{name}: its vision tower {what}; CLIPVisionModel of transformers cannot represent it; give one of "
+        "open_clip's own ViTs with a layer norm before its layers and a [CLS] token, such as ViT-L-14"
     )
 
 
@@ -240,7 +245,7 @@ def _activation(source: _Source, quick_gelu: bool) -> str:
 
 
 def _config(source: _Source, quick_gelu: bool) -> CLIPVisionConfig:
-    # The values left out are the defaults of open_clip's CLIPVisionCfg.
+    # Defaults as in open_clip's CLIPVisionCfg.
     vision = source.model["vision_cfg"]
     width = vision.get("width", 768)
     return CLIPVisionConfig(
@@ -256,10 +261,8 @@ def _config(source: _Source, quick_gelu: bool) -> CLIPVisionConfig:
     )
 
 
-def _state_dict(
-    source: _Source, weights: WeightFiles, prefix: str, config: CLIPVisionConfig
-) -> dict[str, torch.Tensor]:
-    """The tower's tensors under their names in transformers, every one accounted for."""
+def _state_dict(source: _Source, weights: Weights, prefix: str, config: CLIPVisionConfig) -> dict[str, torch.Tensor]:
+    """The tower's tensors under their names in transformers; every tensor is accounted for."""
     own = {name.removeprefix(prefix): name for name in weights if name.startswith(prefix)}
     for sign, what in _SIGNS.items():
         if any(name.startswith(sign) for name in own):
@@ -275,10 +278,10 @@ def _state_dict(
         try:
             target = map_key(name, OPEN_CLIP_VISION)
         except KeyError:
-            raise _refusal(source.name, f"has a tensor that has no place in it, {name}") from None
+            raise _refusal(source.name, f"has a tensor without a place in it, {name}") from None
         if target is None:
             continue
-        tensor: Any = weights.get(full_name)
+        tensor = weights[full_name]
         if target.endswith(".SCALE"):
             factors[target.removesuffix(".SCALE")] = tensor
         elif "QKV" in target:
@@ -295,7 +298,7 @@ def _state_dict(
         if shapes.get(name) != expected.get(name):
             raise ValueError(
                 f"{source.name} does not fit its architecture: {name} has shape {shapes.get(name, 'none')}, expected "
-                f"{expected.get(name, 'none')}; is it the right model name?"
+                f"{expected.get(name, 'none')}; is it the right architecture name?"
             )
     for layer, factor in factors.items():
         for name in (f"{layer}.weight", f"{layer}.bias"):
@@ -306,7 +309,7 @@ def _state_dict(
 
 
 def _image_options(source: _Source) -> dict[str, Any]:
-    """How open_clip prepares pictures for these weights, as a processor of transformers is told."""
+    """How open_clip prepares images for these weights, as options of a transformers image processor."""
     preprocess = source.preprocess
     side = _pair(source.model["vision_cfg"].get("image_size", 224))[0]
     squash = preprocess.get("resize_mode") == "squash"

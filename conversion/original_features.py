@@ -1,8 +1,8 @@
-"""Reads the released code's feature files, pickles of one numpy array each, without running what a pickle may hold.
+"""Reads the released code's feature files, pickles of one numpy array each, without running any code in them.
 
-Two walls: the opcodes are checked before anything is loaded, a short list of harmless ones; and the names that a numpy
-pickle has (numpy 1 and 2) give inert stand-ins, not numpy's functions. What the stand-ins collected is then checked,
-size against shape, and only a float array can come of it.
+Two layers of defence: before anything is loaded, the opcodes are compared with a short list of harmless ones; and the
+names in a numpy pickle (of numpy 1 or 2) stand for inert objects, not for numpy's functions. What those objects
+collect is then checked, size against shape, and the result can only be a float array.
 """
 
 import io
@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
+from longvlm.conversion.progress import Progress, silent
 from longvlm.features.store import FeatureWriter
 
 FAILED = "failed.jsonl"
@@ -28,7 +28,7 @@ SEGMENTS = 10  # of the original's 100 frames
 
 @dataclass(frozen=True)
 class FeatureLayout:
-    """How many tokens a segment is merged into, and the fields of `LongVLMConfig` that do so."""
+    """How many tokens a segment is merged into, and the fields of `LongVLMConfig` that say so."""
 
     tokens_per_segment: int
     method: dict[str, Any]
@@ -45,28 +45,29 @@ LAYOUTS = {
 
 
 def layout_of_rows(rows: int) -> str | None:
-    """The layout that local features of so many rows have: 300 the paper's, 200 the released script's."""
+    """The layout with this number of local features: 300 for the paper's, 200 for the released script's."""
     return next((name for name, layout in LAYOUTS.items() if layout.local_rows == rows), None)
 
 
 def layout_of_file(file: str | Path) -> str:
-    """The layout that a file of local features fits.
+    """
+    The layout that a file of local features has.
 
     Raises:
-        ValueError: none; the message names the rows of both.
+        ValueError: it has the number of rows of neither, or cannot be read.
     """
     rows = len(read_feature_file(file))
     layout = layout_of_rows(rows)
     if layout is None:
-        known = ", ".join(f"{layout.local_rows} ({name})" for name, layout in LAYOUTS.items())
-        raise ValueError(f"{file} has {rows} rows, which fits no layout of local features: {known}")
+        known = " or ".join(f"{layout.local_rows} ({name})" for name, layout in LAYOUTS.items())
+        raise ValueError(f"{file} has {rows} rows, but local features have {known}")
     return layout
 
 
 # --- a pickle of one float array, and nothing else ---
 
 MAX_BYTES = 2**30
-MAX_OPCODES = 200  # numpy's pickles of an array have about 60
+MAX_OPCODES = 200  # a numpy array's pickle has about 60
 MAX_MEMO = 1000  # the memo is an array as long as the largest index
 OPCODES = frozenset(
     "PROTO FRAME STOP MARK GLOBAL STACK_GLOBAL REDUCE BUILD "
@@ -80,7 +81,8 @@ FLOATS = ("f2", "f4", "f8")
 
 
 def read_feature_file(file: str | Path) -> np.ndarray:
-    """The float array, 2-D, float16, float32 or float64, that a feature file holds.
+    """
+    The array in a feature file: 2-D, float16, float32 or float64.
 
     Raises:
         ValueError: the file holds anything else, or more.
@@ -97,16 +99,16 @@ def read_feature_file(file: str | Path) -> np.ndarray:
 
 
 def load_float_array(data: bytes) -> np.ndarray:
-    """Array of a pickle of one float matrix. Raises `ValueError` for all other bytes."""
+    """The array in a pickle of one float matrix. Raises `ValueError` for all other bytes."""
     _check_opcodes(data)
     try:
         value = _NumpyUnpickler(io.BytesIO(data)).load()
     except ValueError:
         raise
-    except Exception as error:  # whatever a malformed pickle makes the stand-ins and the unpickler stumble over
-        raise ValueError(f"it is no pickle of a numpy array ({type(error).__name__})") from None
+    except Exception as error:  # whatever a malformed pickle makes the unpickler and the inert objects raise
+        raise ValueError(f"it is not a pickle of a numpy array ({type(error).__name__})") from None
     if type(value) is not _Array:
-        raise ValueError("it is a pickle of something else than a numpy array")
+        raise ValueError("it is a pickle of something other than a numpy array")
     return value.to_numpy()
 
 
@@ -115,24 +117,24 @@ def _check_opcodes(data: bytes) -> None:
     try:
         for count, (opcode, argument, position) in enumerate(pickletools.genops(data), start=1):
             if opcode.name not in OPCODES:
-                raise ValueError(f"it is no plain pickle of an array (it has the instruction {opcode.name})")
+                raise ValueError(f"it is not a plain pickle of an array (it has the instruction {opcode.name})")
             if count > MAX_OPCODES:
-                raise ValueError("it is no plain pickle of an array (it has too many instructions)")
+                raise ValueError("it is not a plain pickle of an array (it has too many instructions)")
             if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(argument or 0) > MAX_MEMO:
-                raise ValueError("it is no plain pickle of an array (it counts too far)")
+                raise ValueError("it is not a plain pickle of an array (its memo is too large)")
             end = (position or 0) + 1
     except ValueError as error:
         if str(error).startswith("it is"):
             raise
-        raise ValueError(f"it is no pickle, or is cut short ({' '.join(str(error).split())[:100]})") from None
+        raise ValueError(f"it is not a pickle, or is cut short ({' '.join(str(error).split())[:100]})") from None
     except Exception as error:
-        raise ValueError(f"it is no pickle, or is cut short ({type(error).__name__})") from None
+        raise ValueError(f"it is not a pickle, or is cut short ({type(error).__name__})") from None
     if end != len(data):
         raise ValueError(f"{len(data) - end} bytes follow the array")
 
 
 class _NumpyUnpickler(pickle.Unpickler):
-    """Knows the names that pickles of numpy arrays have, and gives stand-ins for them."""
+    """Knows the names in pickles of numpy arrays, and resolves them to inert objects."""
 
     def __init__(self, file: io.BytesIO):
         super().__init__(file, encoding="latin1")  # protocol 2 of Python 2: bytes are strings
@@ -154,12 +156,12 @@ class _NumpyUnpickler(pickle.Unpickler):
 
 
 class _Inert:
-    """What a pickle can neither change nor look into."""
+    """An object that a pickle can neither change nor look into."""
 
     __slots__ = ()
 
     def __setstate__(self, state) -> None:
-        raise ValueError("it is no plain pickle of an array (it changes a name)")
+        raise ValueError("it is not a plain pickle of an array (it changes a name)")
 
 
 class _Call(_Inert):
@@ -176,7 +178,7 @@ _NDARRAY = _Inert()
 
 
 class _Dtype(_Inert):
-    """Stands for `numpy.dtype`: remembers the kind and the byte order."""
+    """Stands for a `numpy.dtype`: remembers the kind and the byte order."""
 
     __slots__ = ("kind", "order")
 
@@ -193,7 +195,7 @@ class _Dtype(_Inert):
 
 
 class _Array(_Inert):
-    """Stands for an array: remembers shape, type and bytes."""
+    """Stands for an array: remembers shape, dtype and bytes."""
 
     __slots__ = ("data", "dtype", "fortran", "shape")
 
@@ -210,10 +212,10 @@ class _Array(_Inert):
             self.data = _encode(self.data, "latin1")
         shape = self.shape
         if not isinstance(shape, tuple) or len(shape) != 2 or not all(type(n) is int and n > 0 for n in shape):
-            raise ValueError(f"its array has the shape {str(shape)[:60]}, a matrix is wanted")
+            raise ValueError(f"its array has the shape {str(shape)[:60]}; expected a matrix")
         dtype = np.dtype(self.dtype.order + self.dtype.kind)
         if not isinstance(self.data, (bytes, bytearray)) or math.prod(shape) * dtype.itemsize != len(self.data):
-            raise ValueError(f"its array does not hold the values that its shape {str(shape)[:60]} promises")
+            raise ValueError(f"its array does not hold as many values as its shape {str(shape)[:60]} says")
         array = np.frombuffer(bytes(self.data), dtype).reshape(shape, order="F" if self.fortran else "C")
         return np.array(array, dtype.newbyteorder("="), order="C")
 
@@ -232,7 +234,7 @@ def _frombuffer(data, dtype, shape, order) -> _Array:
 
 def _encode(text, encoding) -> bytes:
     if type(text) is not str or encoding != "latin1":
-        raise ValueError("it is no plain pickle of an array (it encodes something)")
+        raise ValueError("it is not a plain pickle of an array (it encodes something)")
     return text.encode("latin1")
 
 
@@ -241,7 +243,7 @@ def _encode(text, encoding) -> bytes:
 
 @dataclass
 class FeatureReport:
-    """What became of the files of two folders."""
+    """How many videos were converted, and which layout they fit."""
 
     converted: int = 0
     there_before: int = 0
@@ -249,10 +251,10 @@ class FeatureReport:
     layouts: Counter = field(default_factory=Counter)
 
     def __str__(self) -> str:
-        lines = [f"{self.converted} videos converted, {self.there_before} were there before, {self.failed} failed"]
+        lines = [f"{self.converted} videos converted, {self.there_before} already there, {self.failed} failed"]
         for name, count in sorted(self.layouts.items()):
-            fits = f"fit --layout {name}" if name in LAYOUTS else "have another number of rows than 300 or 200"
-            lines.append(f"{count} {fits}")
+            rows = f"{LAYOUTS[name].local_rows} rows: layout {name}" if name in LAYOUTS else "another number of rows"
+            lines.append(f"{count} with {rows}")
         if self.failed:
             lines.append(f"the reasons are in {FAILED}")
         return "\n".join(lines)
@@ -265,29 +267,31 @@ def convert_features(
     *,
     num_global_layers: int = 5,
     shard_bytes: int = 2**28,
-    progress: Callable[[str], None] | None = None,
+    progress: Progress | None = None,
 ) -> FeatureReport:
-    """Folders of the original's feature pickles become feature shards; see `FeatureReader`.
+    """
+    Converts folders of the original's feature pickles to feature shards; see `FeatureReader`.
 
     Args:
         local: folder of local features, `<video>.pkl`, `(S*M, d)` each; sub-folders become part of the name.
         memory: folder of memory features with the same names, `(hidden states, d)` each.
-        out: folder of shards. If it was begun before, what is there is not read again.
+        out: folder of shards. An interrupted run is resumed: videos that are there are not read again.
         num_global_layers: E: global features are the last E rows of the memory. All rows are kept.
-        shard_bytes: size of a shard.
-        progress: without it there is no progress bar.
+        shard_bytes: maximum size of a shard.
+        progress: called as `progress(stage, videos, total)`.
 
     Returns:
         Counts. A file that cannot be read does not stop the others: it is listed with the reason in `failed.jsonl`,
-        and tried again the next time.
+        and tried again by the next run.
 
     Raises:
         ValueError: a folder does not exist or holds no `.pkl`, or not a single file could be read.
     """
+    progress = progress or silent
     local, memory = Path(local), Path(memory)
     for folder in (local, memory):
         if not folder.is_dir():
-            raise ValueError(f"{folder} is no folder")
+            raise ValueError(f"{folder} is not a folder")
     files = {file.relative_to(local).with_suffix("").as_posix(): file for file in sorted(local.rglob("*.pkl"))}
     if not files:
         raise ValueError(f"{local} holds no .pkl files")
@@ -297,7 +301,8 @@ def convert_features(
         FeatureWriter(out, num_global_layers=num_global_layers, metadata=metadata, shard_bytes=shard_bytes) as writer,
         open(Path(out) / FAILED, "w", encoding="utf-8") as failed,
     ):
-        for video, file in tqdm(files.items(), unit="video", disable=progress is None):
+        for done, (video, file) in enumerate(files.items()):
+            progress("converting features", done, len(files))
             if video in writer:
                 report.there_before += 1
                 continue
@@ -315,6 +320,7 @@ def convert_features(
                 continue
             report.converted += 1
             report.layouts[layout_of_rows(len(values)) or "other"] += 1
+        progress("converting features", len(files), len(files))
         total = len(writer)
     if report.failed == 0:
         (Path(out) / FAILED).unlink()
@@ -324,19 +330,19 @@ def convert_features(
 
 
 def _as_tensor(array: np.ndarray) -> torch.Tensor:
-    # float64 holds nothing that float32 would lose: an encoder made it.
-    with np.errstate(over="ignore"):  # what is not finite is refused
+    # float32 loses nothing: the values were made by an encoder.
+    with np.errstate(over="ignore"):  # values that are not finite are refused later
         return torch.from_numpy(array.astype(np.float32) if array.dtype == np.float64 else array)
 
 
-# --- the way back ---
+# --- export to the original format ---
 
 
 def dump_float_array(array: np.ndarray) -> bytes:
     """A pickle of the array that numpy 1 and numpy 2 read.
 
-    numpy 2 calls its module numpy._core, which early numpy 1 does not know; both know the old name. In protocol 3 a
-    name is a line of text at the start, so it can be put in.
+    numpy 2 calls its module numpy._core, which early numpy 1 does not know; both know the old name. In protocol 3
+    names are lines of text, so the old one can be put in.
     """
     data = pickle.dumps(np.ascontiguousarray(array), protocol=3)
     return data.replace(b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n", 1)

@@ -37,7 +37,8 @@ from transformers import (
 
 from longvlm import LongVLMForConditionalGeneration, LongVLMProcessor
 from longvlm.conversion.assemble import VIDEO_TOKENS, assemble, join
-from longvlm.conversion.parts import load_language, load_vision
+from longvlm.conversion.language_model import load_language
+from longvlm.conversion.vision_encoder import load_vision
 from longvlm.files import output_folder
 from longvlm_cli import app as cli
 from tests.helpers.tiny_models import save_tiny_llm, tiny_text_config, tiny_tokenizer, tiny_vision_config
@@ -290,7 +291,7 @@ class TestRefusals:
         name = next(name for name in weights if "vision" in name and "fc1.weight" in name)
         del weights[name]
         save_file(weights, tmp_path / "clip" / "model.safetensors", metadata={"format": "pt"})
-        with pytest.raises(ValueError, match=r"lacks 1 weights of CLIPVisionModel, for example .*fc1\.weight"):
+        with pytest.raises(ValueError, match=r"is missing 1 weights of CLIPVisionModel, for example .*fc1\.weight"):
             assemble(tmp_path / "clip", parts[1], tmp_path / "out")
 
     @pytest.mark.parametrize(
@@ -306,7 +307,7 @@ class TestRefusals:
 
     def test_neither_or_both_encoders(self, parts, tmp_path):
         for vision, config in ((None, None), (parts[0], {"model_type": "clip_vision_model"})):
-            with pytest.raises(ValueError, match="either"):
+            with pytest.raises(ValueError, match="give either `vision` or `vision_config`"):
                 assemble(vision, parts[1], tmp_path / "out", vision_config=config)
 
     def test_method_that_does_not_fit_the_encoder(self, parts, tmp_path):

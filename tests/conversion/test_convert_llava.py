@@ -360,9 +360,9 @@ class TestOriginalLayout:
             state[name][: len(tensor)] -= tensor
         torch.save(state, tmp_path / "delta" / "pytorch_model.bin")
 
-        with pytest.raises(ValueError, match=r"delta is a delta, not a whole model; give the LLaMA .* with --base"):
+        with pytest.raises(ValueError, match=r"delta is a delta, not a whole model; give the LLaMA .* as `base`"):
             convert_llava(tmp_path / "delta", tmp_path / "out", **METHOD)
-        with pytest.raises(ValueError, match="whole is a whole model, not a delta; leave --base out"):
+        with pytest.raises(ValueError, match="whole is a whole model, not a delta; leave `base` out"):
             convert_llava(tmp_path / "whole", tmp_path / "out", base=tmp_path / "base", **METHOD)
         out = convert_llava(tmp_path / "delta", tmp_path / "out", base=tmp_path / "base", **METHOD)
         check_text_and_projector(out, llm, projector)
@@ -393,7 +393,7 @@ class TestChoices:
 
     def test_another_vision_encoder(self, clip, tmp_path):
         original_llava(tmp_path / "llava", "openai/clip-vit-large-patch14")
-        with pytest.raises(ValueError, match=r"names openai/clip-vit-large-patch14 .* cannot be loaded .*--vision"):
+        with pytest.raises(ValueError, match=r"names openai/clip-vit-large-patch14 .* cannot be loaded .*as `vision`"):
             convert_llava(tmp_path / "llava", tmp_path / "out", **METHOD)
         convert_llava(tmp_path / "llava", tmp_path / "out", vision=clip, **METHOD)
         save_clip(tmp_path / "wide", hidden_size=96)
@@ -413,7 +413,7 @@ class TestRefusals:
             ({"model_type": "llava_next", "vision_config": {}}, "is a llava_next model"),
             ({"model_type": "llava_mpt"}, "is a llava_mpt model"),
             ({"mm_projector_type": "mlp3x_gelu"}, 'projector of type "mlp3x_gelu"'),
-            ({"num_hidden_layers": 3}, r"lacks \d+ weights of LlamaForCausalLM, for example .*layers\.2"),
+            ({"num_hidden_layers": 3}, r"is missing \d+ weights of LlamaForCausalLM, for example .*layers\.2"),
             ({"num_hidden_layers": 1}, "weights that LlamaForCausalLM has no place for"),
             (
                 {"intermediate_size": 96},
@@ -442,19 +442,19 @@ class TestRefusals:
     def test_folder_without_what_is_needed(self, clip, tmp_path):
         original_llava(tmp_path / "llava", clip, file_format="sharded bin")
         (tmp_path / "llava" / "pytorch_model-00002-of-00002.bin").unlink()
-        with pytest.raises(ValueError, match=r"lacks pytorch_model-00002-of-00002\.bin"):
+        with pytest.raises(ValueError, match=r"is missing pytorch_model-00002-of-00002\.bin"):
             convert_llava(tmp_path / "llava", tmp_path / "out", **METHOD)
         index = tmp_path / "llava" / "pytorch_model.bin.index.json"
         for content, says in (
-            ("{}", "is no index of shards"),
-            ("", "is no index of shards"),
-            (None, "has no weights"),
+            ("{}", "is not an index of shards"),
+            ("", "is not an index of shards"),
+            (None, "holds no weights"),
         ):
             index.unlink() if content is None else index.write_text(content)
             with pytest.raises(ValueError, match=says):
                 convert_llava(tmp_path / "llava", tmp_path / "out", **METHOD)
         (tmp_path / "llava" / "config.json").unlink()
-        with pytest.raises(ValueError, match=r"llava lacks config\.json"):
+        with pytest.raises(ValueError, match=r"llava has no config\.json"):
             convert_llava(tmp_path / "llava", tmp_path / "out", **METHOD)
 
     @pytest.mark.parametrize(
@@ -464,7 +464,7 @@ class TestRefusals:
             (lambda state: {n: t for n, t in state.items() if "mm_projector" in n}, "holds no language model"),
             (
                 lambda state: {**state, "model.image_newline": torch.ones(3)},
-                "has no place for, such as model.image_new",
+                r"holds model\.image_newline, which a LongVLM has no place for",
             ),
             (lambda state: {**state, "model.mm_projector.0.weight": torch.ones(8, 64)}, "8 channels"),
         ],
@@ -503,7 +503,7 @@ def test_command_pipeline_and_ask(clip, tmp_path, monkeypatch, capsys):
 
     code, printed, err = longvlm("convert", "llava", clip, "--out", tmp_path / "other", "-q")
     assert (code, printed, err.count("\n")) == (2, "", 1)
-    assert err.startswith("longvlm: error: clip is a clip_vision_model model; a LLaVA-1.5")
+    assert err.startswith("longvlm: error: clip is a clip_vision_model model; expected a LLaVA-1.5")
 
 
 def test_mistral_of_the_original_repositories(clip, tmp_path):

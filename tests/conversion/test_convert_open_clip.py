@@ -21,7 +21,7 @@ from transformers import AutoImageProcessor, AutoModel, CLIPVisionModel, pipelin
 from longvlm import LongVLMForConditionalGeneration, LongVLMProcessor
 from longvlm.conversion.assemble import assemble
 from longvlm.conversion.openclip_vision import convert_open_clip, load_open_clip
-from longvlm.conversion.parts import load_vision
+from longvlm.conversion.vision_encoder import load_vision
 from longvlm_cli import app as cli
 from tests.helpers.tiny_models import save_tiny_llm, write_video
 
@@ -175,7 +175,8 @@ class TestTags:
         assert part.name == f"open_clip:{name}/laion2b_s32b_b82k"
 
     def test_download_that_fails_is_one_line(self):
-        with pytest.raises(OSError, match=r"open_clip:ViT-L-14/openai cannot be downloaded .*; give a file") as error:
+        says = r"open_clip:ViT-L-14/openai cannot be downloaded .*; give a local file"
+        with pytest.raises(OSError, match=says) as error:
             load_open_clip("ViT-L-14", "openai")  # the tests have no network
         assert "\n" not in str(error.value)
 
@@ -256,7 +257,7 @@ class TestFiles:
             assert part.model.config.hidden_act == "quick_gelu"
             assert largest_difference(part.model, reference) <= 1e-4
         (tmp_path / "open_clip_config.json").write_text("{}")
-        with pytest.raises(ValueError, match="is no description of open_clip"):
+        with pytest.raises(ValueError, match="is not a description by open_clip"):
             load_open_clip("tiny-ViT-B-32", tmp_path)
 
     def test_half_precision_stays_and_mixed_becomes_single(self, model, tmp_path):
@@ -284,7 +285,7 @@ class TestFiles:
             warnings.simplefilter("ignore")  # torch.jit is deprecated, and old archives are all the same there
             traced = torch.jit.trace(Archive(reference.visual), torch.randn(1, 3, 128, 128), check_trace=False)
         traced.save(file)
-        with pytest.raises(ValueError, match=r"is a TorchScript archive, which can run code.*--allow-torchscript"):
+        with pytest.raises(ValueError, match=r"is a TorchScript archive, which can run code.*`allow_torchscript`"):
             load_open_clip("tiny-ViT-B-32", file)
         tower = load_open_clip("tiny-ViT-B-32", file, allow_torchscript=True).model
         assert tower.config.hidden_act == "quick_gelu"
@@ -354,7 +355,7 @@ class TestRefusals:
         [
             ("coca_ViT-B-32", {}, "attentional pooling"),
             ("ViT-B-32", {"no_ln_pre": True}, "no layer norm before its layers"),
-            ("ViT-B-32", {"qk_norm": True, "scale_attn_inner": True, "block_type": "custom"}, "no place"),
+            ("ViT-B-32", {"qk_norm": True, "scale_attn_inner": True, "block_type": "custom"}, "without a place"),
         ],
     )
     def test_file_of_another_family_than_its_name_says(self, like, changes, says, register, tmp_path):
@@ -390,7 +391,7 @@ class TestRefusals:
         ("model", "pretrained", "says"),
         [
             ("ViT-L14", "openai", 'knows no model "ViT-L14"; did you mean .*ViT-L-14'),
-            ("ViT-L-14", None, "which weights of ViT-L-14.*openai"),
+            ("ViT-L-14", None, "no weights were named for ViT-L-14.*openai"),
             ("ViT-L-14", "openay", "openay is neither a file nor a tag.*openai"),
         ],
     )

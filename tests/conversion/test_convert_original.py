@@ -21,9 +21,9 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokeniz
 
 import longvlm
 from longvlm.conversion.original import VIDEO_TOKENS, convert_original
-from longvlm.conversion.original_features import read_feature_file
-from longvlm.conversion.shards import TensorReader
+from longvlm.conversion.original_features import convert_features, read_feature_file
 from longvlm.conversion.to_original import convert_to_original
+from longvlm.conversion.weights import Weights
 from longvlm_cli import app as cli
 from tests.helpers.paths import FIXTURES
 from tests.helpers.tiny_models import tiny_vision_config, write_video
@@ -93,27 +93,27 @@ def check_golden(folder, numbers, names=tuple(CASES)):
 
 
 def test_merged_weights_are_the_originals_to_the_bit(converted, numbers):
-    written = TensorReader(converted[0])
+    written = Weights(converted[0])
     for name, tensor in numbers.items():
         if not name.startswith("merged."):
             continue
         old = name.removeprefix("merged.")
         if old == "lm_head.weight":
-            assert torch.equal(written.get(old)[: EXPECTED["vocab_delta"]], tensor)
+            assert torch.equal(written[old][: EXPECTED["vocab_delta"]], tensor)
         elif old == "model.embed_tokens.weight":
-            table = written.get(f"{LLM}embed_tokens.weight")
+            table = written[f"{LLM}embed_tokens.weight"]
             assert torch.equal(table, numbers["embed_tokens_final"])
             assert torch.equal(table[: EXPECTED["vocab_delta"]], tensor.float())
         else:
-            assert torch.equal(written.get(LLM + old.removeprefix("model.")), tensor), name
+            assert torch.equal(written[LLM + old.removeprefix("model.")], tensor), name
     projector = torch.load(PROJECTOR, weights_only=True)
     for kind in ("weight", "bias"):
-        found = written.get(f"model.multi_modal_projector.linear_1.{kind}")
+        found = written[f"model.multi_modal_projector.linear_1.{kind}"]
         assert torch.equal(found, projector[f"model.mm_projector.{kind}"])
 
 
 def test_output_rows_of_added_tokens_are_the_mean_of_the_others(converted, numbers):
-    table = TensorReader(converted[0]).get("lm_head.weight")
+    table = Weights(converted[0])["lm_head.weight"]
     mean = numbers["merged.lm_head.weight"].float().mean(0).half()
     assert len(table) == EXPECTED["vocab_final"]
     assert all(torch.equal(row, mean) for row in table[EXPECTED["vocab_delta"] :])
@@ -164,7 +164,7 @@ def test_the_converter_says_which_layout_fits_a_feature_file(vision, tmp_path):
     with pytest.raises(ValueError, match="has the layout paper, not released"):
         convert_original(BASE, tmp_path / "out", layout="released", **sources)
     memory = ORIGINAL / CASES["video_305"]["memory"]
-    with pytest.raises(ValueError, match=r"has 7 rows.*300 \(paper\), 200 \(released\)"):
+    with pytest.raises(ValueError, match=r"has 7 rows.*300 \(paper\) or 200 \(released\)"):
         convert_original(BASE, tmp_path / "out", **{**sources, "feature_file": memory})
 
 
@@ -228,14 +228,14 @@ def test_a_whole_checkpoint_converts_in_any_form(whole, form, vision, numbers, t
     out = tmp_path / "out"
     report = convert_original(folder, out, vision=vision, forward_check=False)
     check_golden(out, numbers)
-    assert torch.equal(TensorReader(out).get("lm_head.weight"), tensors["lm_head.weight"])  # its own rows
+    assert torch.equal(Weights(out)["lm_head.weight"], tensors["lm_head.weight"])  # its own rows
     assert not report.replaced and "not run" in str(report)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_dtype_is_that_of_every_tensor(dtype, vision, tmp_path):
     convert_original(BASE, tmp_path / "out", delta=DELTA, projector=PROJECTOR, vision=vision, dtype=dtype)
-    assert {str(info.dtype) for info in TensorReader(tmp_path / "out").infos.values()} == {f"torch.{dtype}"}
+    assert {str(info.dtype) for info in Weights(tmp_path / "out").infos.values()} == {f"torch.{dtype}"}
     assert str(AutoModelForImageTextToText.from_pretrained(tmp_path / "out").dtype) == f"torch.{dtype}"
 
 
@@ -247,6 +247,32 @@ def test_shards_of_any_size_hold_the_same(converted, vision, tmp_path):
     one, many = (AutoModelForImageTextToText.from_pretrained(f, dtype="float32") for f in (converted[0], out))
     for (name, a), (other, b) in zip(one.state_dict().items(), many.state_dict().items(), strict=True):
         assert name == other and torch.equal(a, b)
+
+
+def test_progress_has_one_form(vision, tmp_path):
+    stages, counts = [], {}
+
+    def progress(stage, done=0, total=0):
+        stages.append(stage)
+        if total:
+            counts.setdefault(stage, []).append((done, total))
+
+    out, shards, features = tmp_path / "out", tmp_path / "shards", ORIGINAL / "features"
+    sources = {"delta": DELTA, "projector": PROJECTOR, "vision": vision}
+    report = convert_original(BASE, out, **sources, progress=progress)
+    assert list(dict.fromkeys(stages)) == [
+        "comparing the sources",
+        "loading the vision encoder",
+        "writing",
+        "checking",
+        "running it on a generated clip",
+    ]
+    convert_features(features / "local", features / "memory", shards, progress=progress)
+    convert_to_original(out, tmp_path / "back", features=shards, progress=progress)
+    totals = {"writing": report.num_bytes, "converting features": 2, "writing features": 2}
+    assert counts.keys() == totals.keys()
+    for stage, steps in counts.items():
+        assert steps == sorted(steps) and steps[-1] == (totals[stage], totals[stage])
 
 
 # --- it works like any other checkpoint ---
@@ -296,7 +322,7 @@ def test_the_original_cannot_take_what_it_does_not_know(converted, tmp_path):
     shutil.copytree(converted[0], changed)
     config = json.loads((changed / "config.json").read_text())
     (changed / "config.json").write_text(json.dumps(config | {"merge_similarity": "per_head"}))
-    with pytest.raises(ValueError, match="merge_similarity='per_head'; the original knows 'mean_head' only"):
+    with pytest.raises(ValueError, match="merge_similarity='per_head'; the original knows only 'mean_head'"):
         convert_to_original(changed, tmp_path / "back")
     with pytest.raises(ValueError, match="is a llama model, not a LongVLM"):
         convert_to_original(BASE, tmp_path / "back")
@@ -323,25 +349,25 @@ def test_wrong_sources_are_told_in_one_line(vision, tmp_path):
         assert "\n" not in str(error.value)
         assert not list(tmp_path.glob("out")) and not list(tmp_path.glob(".out*"))
 
-    refused("is a delta, not a whole model; swap --llm and --delta", llm=DELTA, delta=BASE)
-    refused("is a delta, not a whole model; give it as --delta", llm=DELTA, delta=None)
-    refused("is no delta, but a whole model", delta=BASE)
-    refused(r"390 rows.*tokenizer of .* 384 tokens.*is this the base alone\? give LLaVA's delta", delta=None)
-    refused("video tokens' rows lack: give mm_projector.bin", projector=None)
-    refused("hold no vision encoder", vision=None)
+    refused("is a delta, not a whole model; swap `llm` and `delta`", llm=DELTA, delta=BASE)
+    refused("is a delta, not a whole model; give it as `delta`", llm=DELTA, delta=None)
+    refused("is a whole model, not a delta; give it as `llm`", delta=BASE)
+    refused(r"390 rows.*tokenizer of .* 384 tokens.*is this only the base\? give LLaVA's delta as `delta`", delta=None)
+    refused("video tokens' rows are missing: give mm_projector.bin as `projector`", projector=None)
+    refused("hold no vision encoder; give the CLIP model as `vision`", vision=None)
     refused("mm_projector.bin does not exist", projector=tmp_path / "mm_projector.bin")
-    refused("is no folder", llm=tmp_path / "nowhere" / "at" / "all")
-    refused('layout "other" is not known; choose one of paper, released', layout="other")
-    refused('dtype "int8" is not known', dtype="int8")
+    refused("is not a folder", llm=tmp_path / "nowhere" / "at" / "all")
+    refused('`layout` "other" is not known; use one of paper, released', layout="other")
+    refused('`dtype` "int8" is not known', dtype="int8")
 
-    (lacking := tmp_path / "lacking_shard").mkdir()
-    shutil.copytree(DELTA, lacking, dirs_exist_ok=True)
-    (lacking / "pytorch_model-00002-of-00002.bin").unlink()
-    refused("lacks pytorch_model-00002-of-00002.bin", delta=lacking)
+    (incomplete := tmp_path / "missing_shard").mkdir()
+    shutil.copytree(DELTA, incomplete, dirs_exist_ok=True)
+    (incomplete / "pytorch_model-00002-of-00002.bin").unlink()
+    refused("is missing pytorch_model-00002-of-00002.bin", delta=incomplete)
     for name in ("config.json", "pytorch_model.bin"):
         (folder := tmp_path / f"base without {name}").mkdir()
         shutil.copytree(BASE, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(name))
-        refused("lacks config.json" if name == "config.json" else "holds no weights", llm=folder)
+        refused("has no config.json" if name == "config.json" else "holds no weights", llm=folder)
     shutil.copytree(DELTA, bare := tmp_path / "no tokenizer", ignore=shutil.ignore_patterns("tokenizer.model"))
     refused("no tokenizer: tokenizer.model", delta=bare)
 
@@ -356,7 +382,7 @@ def test_wrong_sources_are_told_in_one_line(vision, tmp_path):
     wide = {"model.mm_projector.weight": torch.zeros(48, 64), "model.mm_projector.bias": torch.zeros(48)}
     refused("gives 48 channels, but the language model has 32", projector=projector_of(**wide))
     refused("embeddings of width 48", projector=projector_of(**{"model.embed_tokens.weight": torch.zeros(390, 48)}))
-    refused("rows lack", projector=projector_of(**{"model.embed_tokens.weight": None}))
+    refused("rows are missing", projector=projector_of(**{"model.embed_tokens.weight": None}))
     refused("holds no model.mm_projector.weight", projector=projector_of(**{"model.mm_projector.weight": None}))
     refused("holds extra, which a LongVLM has no place for", projector=projector_of(extra=torch.zeros(1)))
 
@@ -364,12 +390,18 @@ def test_wrong_sources_are_told_in_one_line(vision, tmp_path):
         tensors["model.norm.weight"] = torch.zeros(48, dtype=torch.float16)
 
     other = copy(DELTA, tmp_path / "other delta", **{"pytorch_model__00002__of__00002_bin": widened})
-    refused(r"model.norm.weight is \(32,\) in the base, but \(48,\) in the delta", delta=other)
+    refused(r"model.norm.weight is \(32,\) in the base .*base, but \(48,\) in the delta .*other delta", delta=other)
     removed = copy(
         BASE, tmp_path / "holes", pytorch_model_bin=lambda t: t.pop("model.layers.1.self_attn.q_proj.weight")
     )
     refused("1 missing: model.language_model.layers.1.self_attn.q_proj.weight", llm=removed, delta=None,
             projector=projector_of(**{"model.embed_tokens.weight": torch.zeros(387, 32)}))  # fmt: skip
+
+
+def test_arguments_in_errors_are_flags_on_the_command_line(vision, tmp_path, monkeypatch, capsys):
+    sources = ("--llm", DELTA, "--delta", BASE, "--vision", vision, "--out", tmp_path / "out", "--quiet")
+    assert run_cli(monkeypatch, "original", *sources) == 2
+    assert f"--llm {DELTA} is a delta, not a whole model; swap --llm and --delta" in capsys.readouterr().err
 
 
 def test_a_pickle_that_would_run_something_is_refused(vision, tmp_path):
@@ -384,7 +416,7 @@ def test_a_pickle_that_would_run_something_is_refused(vision, tmp_path):
 
 
 @pytest.mark.parametrize("module", ["sentencepiece", "google.protobuf"])
-def test_what_reads_a_tokenizer_is_named_if_it_lacks(module, vision, tmp_path, monkeypatch):
+def test_what_reads_a_tokenizer_is_named_if_it_is_missing(module, vision, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ImportError, match=r'needs .*pip install "longvlm\[convert\]"'):
         convert_original(BASE, tmp_path / "out", delta=DELTA, projector=PROJECTOR, vision=vision)

@@ -10,7 +10,8 @@ import time
 import pytest
 import torch
 
-from longvlm.features.extract import check_features, extract_features, feature_metadata
+from longvlm.features.extract import extract_features
+from longvlm.features.fingerprint import check_features, feature_metadata
 from longvlm.features.store import FeatureReader, FeatureWriter
 from tests.helpers.paths import ROOT
 from tests.helpers.tiny_models import save_tiny_longvlm, tiny_longvlm, write_video

@@ -12,7 +12,8 @@ import sys
 
 from accelerate.state import AcceleratorState, DistributedType, PartialState
 
-from longvlm.training.train import parse_arguments, train
+from longvlm.training.arguments import parse_arguments
+from longvlm.training.train import train
 
 _init = AcceleratorState.__init__
 

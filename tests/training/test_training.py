@@ -17,9 +17,11 @@ from packaging import version
 
 from longvlm import LongVLMForConditionalGeneration, LongVLMProcessor
 from longvlm.features.extract import extract_features
+from longvlm.training.added_token_rows import video_token_ids
+from longvlm.training.arguments import parse_arguments
 from longvlm.training.collator import LongVLMDataCollator
-from longvlm.training.train import parse_arguments, train
-from longvlm.training.tuning import load_projector, video_token_ids
+from longvlm.training.train import train
+from longvlm.training.tuning import load_projector
 from tests.helpers.paths import ROOT
 from tests.helpers.tiny_models import save_tiny_longvlm, tiny_text_config, write_video
 
@@ -206,7 +208,7 @@ def test_training_that_goes_on_gives_the_losses_of_one_that_was_never_stopped(wo
     assert losses(first) == losses(whole)
     shutil.rmtree(out / "checkpoint-15")
     (out / "checkpoint-12" / "trainer_state.json").unlink()
-    with pytest.raises(ValueError, match=r"checkpoint-8.* go on with it by resume_from_checkpoint: auto"):
+    with pytest.raises(ValueError, match=r"checkpoint-8.* resume it with `resume_from_checkpoint` auto"):
         run(world, out, **options)
     resumed = run(world, out, resume_from_checkpoint="auto", **options)
     assert resumed.state.global_step == 15
@@ -272,9 +274,9 @@ def test_features_of_other_frames_are_trained_on_when_their_options_are_given(wo
 def test_mistakes_in_a_configuration_are_told_in_one_line(tmp_path):
     config = tmp_path / "config.yaml"
     for text, message in {
-        "model: m\ntrain_data: [x]\nlerning_rate: 1": "lerning_rate is no option of the training; did you mean learn",
+        "model: m\ntrain_data: [x]\nlerning_rate: 1": "lerning_rate is not a training option; did you mean learn",
         "train_data: [x]": "required: --model",
-        "model: m\ntrain_data: [x]\ntrain: everything": 'train: "everything" is not known',
+        "model: m\ntrain_data: [x]\ntrain: everything": '`train` is "everything"; use one of projector, lora, full',
         "model: m\ntrain_data: [x]\nlearning_rate: fast": "invalid float value: 'fast'",
         "model: m\ntrain_data: [x]\ntrain_weights: [a]": "train_weights must be a list of numbers, not hold 'a'",
         "model: m\ntrain_data: [x]\ntrain_weights: [1, null]": "must be a list of numbers, not hold None",

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from longvlm.evaluation.metrics.short_answer.short_answer import LongVLMQA
+from longvlm.evaluation.answers import score_answers
 
 from .dataset import VERSION
 from .questions import KINDS, Question, make_questions
@@ -98,11 +98,11 @@ def _answers(model, processor, questions, features, max_new_tokens: int) -> list
 
 
 def score(model, processor, split: str = "test", num_stories: int = 500, **options) -> dict[str, Any]:
-    """The metric's scores (see `longvlm_qa`) of `answer_stories`, and under `"run"` what was run."""
+    """The metric's scores (see `score_answers`) of `answer_stories`, and under `"run"` what was run."""
     start = time.perf_counter()
     answered = list(answer_stories(model, processor, split, num_stories, **options))
     questions, answers = [question for question, _ in answered], [answer for _, answer in answered]
-    result = LongVLMQA().compute(
+    result = score_answers(
         predictions=answers,
         references=[question.answer for question in questions],
         kinds=[question.kind for question in questions],

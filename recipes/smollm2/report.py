@@ -50,7 +50,7 @@ right, in percent:
 ## How well it answers
 
 {test_stories} stories of the test split, {count} questions, each asked alone; answers written freely by `generate()`,
-read by `evaluation/metrics/longvlm_qa`. Accuracy in percent; over all with a 95 % bootstrap interval.
+read by `evaluation/metrics/short_answer`. Accuracy in percent; over all with a 95 % bootstrap interval.
 
 {table}
 

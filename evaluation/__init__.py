@@ -1,6 +1,6 @@
 """Evaluation: scores of short answers, the synthetic benchmark Storyline, and pictures of what was merged.
 
-    from longvlm.evaluation import score_answers
+from longvlm.evaluation import score_answers
 """
 
 from importlib import import_module

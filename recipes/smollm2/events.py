@@ -1,4 +1,4 @@
-"""What the language model sees: single events of unseen stories, told by it in words, and how many words are right."""
+"""What the language model sees: it describes single events of unseen stories; how many of its words are right."""
 
 from typing import Any
 
@@ -31,11 +31,13 @@ CHANCE = {
 def tell_events(model, processor, num_stories: int, num_frames: int, *, swapped: bool = False) -> dict[str, Any]:
     """
     Args:
-        num_stories: of split test, whose combinations of colour, shape and action were not trained on.
+        num_stories: how many stories of split test, whose combinations of colour, shape and action were not trained
+            on.
         swapped: show events of the next story instead.
 
     Returns:
-        `count` of events, and the part of them whose scene, colour, shape, action was told rightly, and all four.
+        The `count` of events, and for `scene`, `colour`, `shape`, `action` and `all` four of them the share of events
+        in which they were described correctly.
     """
     k, m = model.config.frames_per_segment, model.config.tokens_per_segment
     right: dict[str, list[bool]] = {name: [] for name in (*CHANCE, "all")}
@@ -47,15 +49,15 @@ def tell_events(model, processor, num_stories: int, num_frames: int, *, swapped:
         chosen = [seen[number % len(seen)] for number in range(len(windows))]
         pieces = tuple(whole.local_features[0][start * m : end * m] for start, end in chosen)
         chat = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": TELL}]}]
+        features = LongVLMVideoFeatures(
+            local_features=pieces, global_features=whole.global_features.expand(len(pieces), -1, -1)
+        )
         inputs = processor(
             text=processor.apply_chat_template([chat] * len(pieces), add_generation_prompt=True, tokenize=False),
-            num_video_tokens=[len(piece) + model.config.num_global_tokens for piece in pieces],
+            num_video_tokens=features.num_tokens(model.config),
             padding=True,
             padding_side="left",
             return_tensors="pt",
-        )
-        features = LongVLMVideoFeatures(
-            local_features=pieces, global_features=whole.global_features.expand(len(pieces), -1, -1)
         )
         generated = model.generate(**inputs, video_features=features, max_new_tokens=16, do_sample=False)
         answers = processor.batch_decode(generated[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
@@ -63,8 +65,9 @@ def tell_events(model, processor, num_stories: int, num_frames: int, *, swapped:
             piece = piece_of(story, num_frames, start * k, end * k)
             (event,) = piece.events
             truth = (piece.scene_at(piece.duration / 2).kind, event.colour, event.shape, DOES[event.action])
-            scene, _, told = answer.strip().partition(": ")
-            hits = [said == name for said, name in zip((scene, *told.split(" ", 2), "", "", ""), truth, strict=False)]
+            scene, _, description = answer.strip().partition(": ")
+            words = (scene, *description.split(" ", 2), "", "", "")
+            hits = [word == name for word, name in zip(words, truth, strict=False)]
             for name, hit in zip(right, (*hits, all(hits)), strict=True):
                 right[name].append(hit)
     return {"count": len(right["all"]), **{name: sum(hits) / len(hits) for name, hits in right.items()}}

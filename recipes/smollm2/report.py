@@ -1,4 +1,4 @@
-"""The page about SmolLM2 on Storyline, from what `examples/smollm2_storyline.py` measured."""
+"""The page about SmolLM2 on Storyline, from what `recipes/smollm2/run.py` measured."""
 
 import math
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,5 @@
-"""Fine-tuning: `longvlm train CONFIG.yaml [--option value ...]`, or `accelerate launch -m longvlm.training.train ...`.
+"""Fine-tuning: `longvlm train CONFIG.yaml [--option value ...]`, on several processes `accelerate launch -m longvlm train
+...`. `python -m longvlm.training.train` does the same without a progress bar before the training.
 
 For the options see `longvlm.training.arguments` and docs/training.md.
 """

@@ -238,6 +238,18 @@ def test_json_parquet_and_datasets_give_the_same_rows(tmp_path):
     assert len(chats[0]) == 4 and all(chat == chats[0] for chat in chats)
 
 
+def test_progress_counts_the_rows_of_each_source_dropped_ones_too(tmp_path):
+    rows = [{"q": "Who?", "a": "Yes."}, {"whatever": 1}, {"q": "What?", "a": "No."}]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n{oops\n")
+    calls = []
+    build_dataset(
+        [tmp_path / "rows.jsonl", rows, (row for row in rows)],  # the last one's length is not known
+        processor_for(byte_level_tokenizer()),
+        progress=lambda *call: calls.append(call),
+    )
+    assert calls == [("check rows", done, total) for total in (4, 3) for done in range(1, total + 1)]
+
+
 def test_weights_repeat_and_thin_out_files():
     processor = processor_for(byte_level_tokenizer())
     one, two = ([{"q": f"{name} {i}?", "a": "Yes."} for i in range(6)] for name in "ab")

@@ -1,5 +1,5 @@
-"""Fine-tuning: `longvlm train CONFIG.yaml [--option value ...]`, on several processes `accelerate launch -m longvlm train
-...`. `python -m longvlm.training.train` does the same without a progress bar before the training.
+"""Fine-tuning: `longvlm train CONFIG.yaml [--option value ...]`; with several processes, `accelerate launch` starts
+`-m longvlm train`. `python -m longvlm.training.train` does the same without a progress bar for the data.
 
 For the options see `longvlm.training.arguments` and docs/training.md.
 """

@@ -15,9 +15,9 @@ _PAGE = """\
 # A real language model: SmolLM2-135M-Instruct on Storyline
 
 `make smollm2` runs `python -m recipes.smollm2.run --out .cache/smollm2 --report docs/smollm2.md`. It assembles
-SmolLM2-135M-Instruct (real weights, from a 4-bit GGUF file) with the encoder of longvlm-tiny, trains the projector, then
-the projector and LoRA adapters of the language model, and asks questions about Storyline's test split. It uses only the
-tools of the package; the `.yaml` files in its folder also work with `longvlm train`.
+SmolLM2-135M-Instruct (real weights, from a 4-bit GGUF file) with the encoder of longvlm-tiny, trains the projector,
+then the projector and LoRA adapters of the language model, and asks questions about Storyline's test split. It uses
+only the tools of the package; the `.yaml` files in its folder also work with `longvlm train`.
 
 ## What was trained, and on which data
 
@@ -35,8 +35,8 @@ A video has {frames} frames, which become {video_tokens} tokens. The data come f
 - lora-pieces: {pieces:,} rows about pieces with up to three events, to describe or to answer a question about;
 - lora-stories: {questions:,} questions of all kinds about whole stories, each in a conversation of its own.
 
-The features of pieces are cut from those of the stories. Neither the stories of the test split nor their combinations of
-colour, shape and action occur in training.
+The features of pieces are cut from those of the stories. Neither the stories of the test split nor their combinations
+of colour, shape and action occur in training.
 
 Mean loss in the first and in the last tenth of each training: {losses}.
 
@@ -48,8 +48,9 @@ The model describes {events_count} single events from {test_stories} stories of 
 
 ## How well it answers
 
-{test_stories} stories of the test split and {count} questions, each in a conversation of its own. Answers are free text from
-`generate()`, scored by `evaluation/metrics/short_answer`. Accuracy in percent; for all with a 95 % bootstrap interval.
+{test_stories} stories of the test split and {count} questions, each in a conversation of its own. Answers are free
+text from `generate()`, scored by `evaluation/metrics/short_answer`. Accuracy in percent; for all with a 95 %
+bootstrap interval.
 
 {table}
 
@@ -60,8 +61,8 @@ Answers that name none or several of the possible answers count as wrong. Their 
 Single events, with the right video and with that of another story: {seen}.
 {reading}
 
-One seed, one run, {minutes:.0f} minutes in all: this checks that training works with a real language model. It does not
-measure how far it can get.
+One seed, one run, {minutes:.0f} minutes in all: this checks that training works with a real language model. It does
+not measure how far it can get.
 """
 
 
@@ -179,7 +180,7 @@ def _reading(chance: Mapping[str, float], scores: Mapping[str, Any]) -> str:
         )
     if rest:
         parts.append(
-            f"Not distinguishable from guessing at this number of questions: {', '.join(sorted(rest, key=KINDS.index))}."
+            f"Not distinguishable from guessing with so few questions: {', '.join(sorted(rest, key=KINDS.index))}."
         )
     return "\n".join(parts)
 

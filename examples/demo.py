@@ -1,9 +1,9 @@
-"""`make demo`: makes a video that tells a story, asks longvlm-tiny about it, and shows the answers next to the truth.
+"""`make demo`: makes a video that tells a story, asks longvlm-tiny about it, and prints the answers next to the truth.
 
     python -m examples.demo [--story N] [--duration SECONDS] [--out FOLDER]
 
-Nothing is downloaded. The story is of Storyline's test split, which the model was not trained on, and every answer is
-shown, also the wrong ones.
+Nothing is downloaded. The story is from Storyline's test split, which the model was not trained on. All answers are
+printed, wrong ones included.
 """
 
 import argparse
@@ -33,20 +33,20 @@ class Clock:
 
 
 def shown(path: Path) -> str:
-    """As a user would type it: relative to where the demo was started, if it lies there."""
+    """The path as a user would type it: relative, if it is below the current folder."""
     relative = os.path.relpath(path)
     return str(path) if relative.startswith("..") else relative
 
 
 def columns(rows: list[tuple[str, ...]]) -> str:
-    """Rows of text, aligned; two spaces before each."""
+    """Aligned rows of text, indented by two spaces."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
     return "\n".join(f"  {line.rstrip()}" for line in lines)
 
 
 def ask(engine, video: Path, question: str) -> tuple[str, float, float]:
-    """-> the answer, seconds of decoding and encoding the video (0 if it is known already), seconds of answering."""
+    """Returns the answer, the seconds for decoding and encoding the video (0 if cached), and those for answering."""
     start = encoded = time.perf_counter()
 
     def progress(stage: str, done: int, total: int) -> None:
@@ -73,7 +73,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def demo(number: int, duration: float, out: Path) -> None:
     clock = Clock()
-    with clock.time("load Python's libraries"):
+    with clock.time("import the libraries"):
         from transformers.utils import logging
 
         import longvlm
@@ -108,7 +108,7 @@ def demo(number: int, duration: float, out: Path) -> None:
         mark = "right" if is_right else "WRONG"
         rows.append((question.kind, question.question, answer or "(none)", question.answer, mark, f"{answering:.2f}"))
     clock.seconds[f"answer {len(questions)} questions, one by one"] = sum(float(row[-1]) for row in rows[1:])
-    with clock.time("draw which patches became one token"):
+    with clock.time("draw which patches were merged"):
         draw_merging(engine, str(video), tokens)
 
     guessed = sum(question.chance for question in questions)
@@ -121,26 +121,26 @@ Story {number} of Storyline's test split: {len(story.events)} events in {duratio
 
 {columns(rows)}
 
-{right} of {len(questions)} are right; blind guesses would be right {guessed:.1f} times on average.
+{right} of {len(questions)} answers are right; guessing would get {guessed:.1f} right on average.
 
 Seconds
 """
         + "\n".join(f"  {seconds:6.1f}  {step}" for step, seconds in clock.seconds.items())
         + f"""
 
-What this is worth
-  longvlm-tiny knows this synthetic world only: what it says of a real video means nothing. How often it is right over
-  many stories stands in its model card, {shown(checkpoint / "README.md")}.
+What this means
+  longvlm-tiny knows this synthetic world only: its answers about a real video mean nothing. Its model card says how
+  often it is right over many stories: {shown(checkpoint / "README.md")}
 
-Look at
+Files
   {shown(video)}  the video
   {shown(sheet)}  what happens in it, event by event
-  {shown(tokens)}  how its frames were condensed: which patches became one token
+  {shown(tokens)}  how its frames were condensed: patches that became one token share a colour
 
-What next
-  ask yourself   {command}
-  another story  {shlex.join([shown(Path(sys.executable)), "-m", "examples.demo", "--story", str(number + 1)])}
-  your own       README.md, section "A LongVLM of your own\""""
+What to do next
+  ask a question  {command}
+  another story   {shlex.join([shown(Path(sys.executable)), "-m", "examples.demo", "--story", str(number + 1)])}
+  your own video  README.md, section "Ask about your own video\""""
     )
 
 

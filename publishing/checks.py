@@ -1,7 +1,7 @@
-"""What must be true of a checkpoint folder before it goes to the Hub; each check returns its problems, a line each.
+"""Checks of a checkpoint folder before it goes to the Hub; each returns its problems, one line each.
 
-Weights: only safetensors, all of them. Text: no credentials, no paths of this machine. Code: that of the installed
-package, byte for byte. And the whole of it: it loads and answers in a process that does not have this package.
+Weights: only safetensors, and complete. Text: no credentials, no local paths. Code: that of the installed package,
+byte for byte. And as a whole: it loads and answers in a process without this package.
 """
 
 import codecs
@@ -21,9 +21,9 @@ from longvlm import modeling_longvlm, processing
 from longvlm.files import read_json_object
 from longvlm.modeling_longvlm.modeling_longvlm import AUTO_MAP, CUSTOM_PIPELINES
 
-# Files that run code when they are opened, or may.
+# Files that can run code when they are opened.
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz")
-# Words of a vocabulary may look like paths.
+# Words in a vocabulary may look like paths.
 VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt", "added_tokens.json")
 
 SECRETS = {
@@ -41,7 +41,7 @@ _FOLDERS = (
     "home|Users|root|tmp|mnt|data|work|workspace|scratch|srv|opt|var|media|private|Volumes|content|kaggle|gpfs|nfs|"
     "lustre"
 )
-# In running text: folders that machines have. In a JSON value, which is not text: whatever begins like a path.
+# In running text: typical folders of a machine. As a JSON value: anything that begins like a path.
 PATH_IN_TEXT = (
     rf"(?<![\w.:/\\<>$}}*-])(/({_FOLDERS})/[^\s\"'<>|)`,]+|file:///[^\s\"'<>)`]+|[A-Za-z]:(\\\\?|/)Users\b\S*)"
 )
@@ -49,10 +49,10 @@ PATH_AS_VALUE = r"(/[^/\s]+/|~[/\\]|\.{1,2}[/\\]|[A-Za-z]:[/\\]|\\\\|file://)\S.
 
 
 def weight_problems(files: Mapping[str, Path]) -> list[str]:
-    """`files`: name in the repository -> file here."""
+    """`files`: name in the repository -> local file."""
     problems = [
-        f"{name} is a pickle, or may hold one, which runs code when it is opened: save weights as safetensors, or "
-        f"leave it out with --exclude {name}"
+        f"{name} is or may contain a pickle, which can run code when it is opened: save weights as safetensors, or "
+        f"leave the file out with `exclude` {name}"
         for name in sorted(files)
         if name.lower().endswith(PICKLES)
     ]
@@ -65,20 +65,20 @@ def weight_problems(files: Mapping[str, Path]) -> list[str]:
                 for key, value in (tensors.metadata() or {}).items():
                     problems += [f"{name}, metadata {key}: {found}" for _, found in _suspicious(value)]
         except SafetensorError as error:
-            problems.append(f"{name} is broken ({error}): save the model again")
+            problems.append(f"{name} is damaged ({error}): save the model again")
     for name in sorted(files):
         if name.endswith(".safetensors.index.json"):
             try:
                 shards = set(read_json_object(files[name])["weight_map"].values())
             except (ValueError, KeyError, TypeError, AttributeError):
-                problems.append(f'{name} is no index of shards, it has no "weight_map": save the model again')
+                problems.append(f'{name} is not an index of shards (it has no "weight_map"): save the model again')
                 continue
-            problems += [f"{name} names {shard}, which is not there" for shard in sorted(shards - set(weights))]
+            problems += [f"{name} names {shard}, which does not exist" for shard in sorted(shards - set(weights))]
     return problems
 
 
 def text_problems(files: Mapping[str, Path]) -> list[str]:
-    """Credentials, and absolute paths of a machine, each with file and line. Code is compared elsewhere."""
+    """Credentials and local paths, each with file and line. Code is compared elsewhere."""
     problems = []
     for name, path in sorted(files.items()):
         if name.endswith((".safetensors", *PICKLES)):
@@ -87,7 +87,7 @@ def text_problems(files: Mapping[str, Path]) -> list[str]:
         try:
             problems += problems_in_text(name, content.decode("utf-8"))
         except UnicodeDecodeError:
-            # A text of another encoding, or a binary file: credentials can stand in both.
+            # Text in another encoding, or a binary file: both can contain credentials.
             marks = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
             text = content.decode("utf-16" if content.startswith(marks) else "latin-1", errors="replace")
             found = _suspicious(text, paths=False)
@@ -105,14 +105,14 @@ def problems_in_text(name: str, text: str) -> list[str]:
 
 
 def _suspicious(text: str, *, paths: bool = True) -> Iterator[tuple[int, str]]:
-    """Line, and what is there. A secret is named, not shown."""
+    """Yields line number and finding. A secret is named, not shown."""
     for number, line in enumerate(text.splitlines(), 1):
         for kind, pattern in SECRETS.items():
             if re.search(pattern, line):
-                yield number, f"{kind}: remove it, and revoke it where it was made"
+                yield number, f"{kind}: remove it, and revoke it where it was issued"
         match = re.search(PATH_IN_TEXT, line) if paths else None
         if match:
-            yield number, f"a path of this machine, {match[0]}: write a Hub id instead, or remove it"
+            yield number, f"the local path {match[0]}: write a Hub id instead, or remove it"
 
 
 def _paths_in_json(text: str, known: set[int]) -> list[tuple[int, str]]:
@@ -127,12 +127,12 @@ def _paths_in_json(text: str, known: set[int]) -> list[tuple[int, str]]:
         written = json.dumps(value)
         number = next((n for n, line in enumerate(lines, 1) if written in line), 1)
         if number not in known:
-            found.append((number, f"{key} is a path of this machine, {value}: write a Hub id instead, or remove it"))
+            found.append((number, f"{key} is the local path {value}: write a Hub id instead, or remove it"))
     return found
 
 
 def _strings(value, key: str = "a value") -> Iterator[tuple[str, str]]:
-    """Every string in a JSON value, with the key that it stands under."""
+    """Every string in a JSON value, with its key."""
     if isinstance(value, str):
         yield key, value
     elif isinstance(value, dict):
@@ -160,20 +160,22 @@ def installed_code() -> dict[str, Path]:
 def code_problems(files: Mapping[str, Path]) -> list[str]:
     """Whether a folder's code is that of the installed package, and its configuration points to it."""
     expected, problems = installed_code(), []
-    remedy = "--update-code uploads the installed version's instead"
+    remedy = "`update_code` uploads that of the installed version instead"
     missing = sorted(expected.keys() - files.keys())
     other = sorted(name for name in expected.keys() & files.keys() if not _same(files[name], expected[name]))
     if missing:
-        problems.append(f"code is missing ({', '.join(missing)}), so it does not load without this package: {remedy}")
+        problems.append(
+            f"code is missing ({', '.join(missing)}), so the checkpoint does not load without this package: {remedy}"
+        )
     if other:
-        problems.append(f"code is not that of the installed version ({', '.join(other)}): {remedy}")
+        problems.append(f"code differs from the installed version ({', '.join(other)}): {remedy}")
     for name in sorted(files):
         if name.endswith(".py") and name not in expected:
-            problems.append(f"{name} is no code of this package: remove it, or leave it out with --exclude {name}")
+            problems.append(f"{name} is not code of this package: remove it, or leave it out with `exclude` {name}")
     config = read_json_object(files["config.json"])
     for key, value in (("auto_map", AUTO_MAP), ("custom_pipelines", CUSTOM_PIPELINES)):
         if config.get(key) != value:
-            problems.append(f"config.json, {key}: it does not name this package's code: save the model again")
+            problems.append(f"config.json, {key}: it does not point to the code of this package: save the model again")
     return problems
 
 
@@ -182,9 +184,9 @@ def _same(one: Path, other: Path) -> bool:
 
 
 def loading_problems(folder: Path) -> list[str]:
-    """Loads `folder` in a process of its own, offline and without this package, and asks about a generated clip."""
+    """Loads `folder` in a separate process, offline and without this package, and asks about a generated clip."""
     script = Path(__file__).with_name("load_without_package.py")
-    with tempfile.TemporaryDirectory() as empty:  # no cache: neither models nor code that lie there
+    with tempfile.TemporaryDirectory() as empty:  # no cache: neither its models nor its code
         environment = {**os.environ, "HF_HOME": empty, "HF_MODULES_CACHE": empty, "PYTHONWARNINGS": "ignore"}
         done = subprocess.run(
             [sys.executable, "-P", str(script), str(folder.absolute())],
@@ -198,4 +200,4 @@ def loading_problems(folder: Path) -> list[str]:
         return []
     lines = done.stderr.strip().splitlines()
     reason = lines[-1] if lines else f"the process ended with code {done.returncode} (out of memory?)"
-    return [f"it does not load and answer in a process without this package: {reason}"]
+    return [f"the checkpoint does not load and answer in a process without this package: {reason}"]

@@ -2,7 +2,7 @@
 
     python -P load_without_package.py FOLDER
 
-Prints the answer; whatever is wrong ends in one line on stderr and exit code 1. Nothing here may import `longvlm`.
+Prints the answer. Errors end in one line on stderr and exit code 1. Nothing here may import `longvlm`.
 """
 
 import os
@@ -12,7 +12,7 @@ from pathlib import Path
 
 
 def write_clip(path: Path) -> None:
-    """Two seconds of a bright square that moves."""
+    """Two seconds of a moving bright square."""
     import av
     import numpy as np
 
@@ -27,7 +27,7 @@ def write_clip(path: Path) -> None:
 
 
 def check_loading(folder: str) -> None:
-    """Every weight is there and has its shape: transformers fills what is missing with random values."""
+    """Every weight must be there and have the right shape: transformers fills missing ones with random values."""
     from transformers import AutoModelForImageTextToText
 
     _, info = AutoModelForImageTextToText.from_pretrained(
@@ -45,7 +45,7 @@ def ask(folder: str) -> str:
 
     def finite(input_ids, scores):
         if torch.isnan(scores).any() or not torch.isfinite(scores).any():
-            raise ValueError("the model gives values that are not numbers (NaN)")
+            raise ValueError("the model computes NaN")
         return scores
 
     pipe = pipeline("video-question-answering", model=folder, trust_remote_code=True, dtype="auto")
@@ -61,7 +61,7 @@ def ask(folder: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.modules["longvlm"] = None  # type: ignore[assignment]  # importing it fails from here on
+    sys.modules["longvlm"] = None  # type: ignore[assignment]  # from here on, importing it fails
     os.environ["HF_HUB_OFFLINE"] = "1"
     try:
         from transformers.utils import logging

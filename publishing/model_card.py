@@ -1,7 +1,7 @@
-"""Model cards: `hub_card.md`, filled in from a checkpoint's own files, and the checks that every card must pass.
+"""Model cards: `hub_card.md`, filled in from the files of a checkpoint, and the checks that every card must pass.
 
-Built on `huggingface_hub.ModelCard`, which parses the metadata and refuses what it cannot parse. What the Hub checks
-beyond that (names of licences and tags) it does itself, before an upload begins.
+Built on `huggingface_hub.ModelCard`, which parses the metadata. The Hub itself checks the rest (names of licences and
+tags) before an upload begins.
 """
 
 import json
@@ -22,9 +22,9 @@ from longvlm.registration import LongVLMConfig
 
 TAGS = ("longvlm", "video", "video-question-answering")
 PIPELINE_TAG, LIBRARY = "video-text-to-text", "transformers"
-NO_BASE_MODEL = "none"  # said by the user: every part was trained from scratch
+NO_BASE_MODEL = "none"  # the user says that every part was trained from scratch
 
-# Weights that must not be published again as they are: whose base models they match, and why.
+# Weights that must not be redistributed as they are: pattern of their names, and what they are.
 RESTRICTED = {
     r"(^|[/_-])llama-?(1-)?(7|13|30|33|65)b": "LLaMA-1",
     r"vicuna-?(7|13|33)b-(delta-)?v(0|1\.[0-3])": "LLaMA-1 (Vicuna before 1.5)",
@@ -34,7 +34,7 @@ RESTRICTED = {
 
 
 def template() -> str:
-    """The text of `hub_card.md`: of the installed package, or of the checkout."""
+    """The text of `hub_card.md`, from the installed package or the checkout."""
     packaged = resources.files("longvlm") / "hub_card.md"
     if packaged.is_file():
         return packaged.read_text(encoding="utf-8")
@@ -53,23 +53,26 @@ def make_card(
     language: Sequence[str] = ("en",),
     tags: Sequence[str] = (),
     results: Sequence[EvalResult] = (),
+    usage: str | None = None,
+    details: str | None = None,
 ) -> ModelCard:
-    """A model card for the checkpoint in `folder`, with all it says about itself.
+    """Makes the model card of a checkpoint from what its files say.
 
     Args:
         folder: a checkpoint, as `save_pretrained` of model and processor wrote it.
-        repo_id: where it will lie on the Hub; the usage snippets name it.
-        license: the Hub's name of the licence, for example `apache-2.0`; `other` with `license_name` and
-            `license_link`.
-        base_model: Hub ids of what it was made of. Default: the Hub ids that its configuration holds. `["none"]`:
+        repo_id: its place on the Hub, for the usage examples.
+        license: the Hub's name of the licence, such as `apache-2.0`; `other` with `license_name` and `license_link`.
+        base_model: Hub ids of the models it was made from. Default: the Hub ids in its configuration. `["none"]`:
             there are none.
-        datasets: Hub ids of what it was trained on.
+        datasets: Hub ids of the training data.
         language: codes of the languages it answers in.
-        tags: more tags.
-        results: what was measured.
+        tags: further tags.
+        results: measured results.
+        usage: replaces the section on how to use the checkpoint, in Markdown.
+        details: further sections, in Markdown, before the limits.
 
     Raises:
-        ValueError: `folder` has no configuration of a LongVLM, or a result is not complete.
+        ValueError: `folder` has no configuration of a LongVLM, or a result is incomplete.
     """
     folder = Path(folder)
     config = read_config(folder)
@@ -108,13 +111,15 @@ def make_card(
         tokens_per_segment=config.tokens_per_segment,
         global_tokens=f"{config.num_global_tokens} ({config.global_placement})",
         vision_feature_layer=config.vision_feature_layer,
-        merge_schedule=", ".join(map(str, schedule)) if schedule else "half of the tokens, and at last what is left",
+        merge_schedule=", ".join(map(str, schedule)) if schedule else "halve, then merge the remainder",
         merge_similarity=config.merge_similarity,
         merge_num_heads=config.merge_num_heads,
         merge_order=config.merge_order,
         projector_type=config.projector_type,
         untrained_parts=[part.replace("_", " ") for part in getattr(config, "untrained_parts", None) or []],
         results=list(results),
+        usage=usage,
+        details=details,
     )
 
 
@@ -128,7 +133,7 @@ def complete_card(
     datasets: Sequence[str] = (),
     tags: Sequence[str] = (),
 ) -> ModelCard:
-    """A card that somebody wrote, with the given metadata in place of its own; its text stays as it is.
+    """Puts the given metadata into an existing card; its text is not changed.
 
     Raises:
         ValueError: its metadata cannot be parsed.
@@ -148,30 +153,30 @@ def complete_card(
 
 
 def check_card(content: str, *, without_base_model: bool = False) -> list[str]:
-    """What is wrong with a card's metadata, a line each; nothing: `[]`.
+    """Checks the metadata of a card, and returns its problems, one line each.
 
     Args:
         content: the whole file.
-        without_base_model: the user said that there is none.
+        without_base_model: the user says that there is none.
     """
     try:
         data: Any = ModelCard(content).data
-    except Exception as error:  # what the YAML parser raises is no ValueError
+    except Exception as error:  # the YAML parser does not raise ValueError
         return [f"README.md: its metadata cannot be parsed: {' '.join(str(error).split())}"]
     problems = []
     if not data.license:
-        problems.append("the card names no licence: give --license, for example --license apache-2.0")
+        problems.append("the card names no licence: give `license`, for example apache-2.0")
     elif not isinstance(data.license, str) or not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", data.license):
         problems.append(
-            f"license {data.license!r} is not the Hub's name of a licence, such as apache-2.0, mit, llama2"
+            f"license {data.license!r} is not a licence name of the Hub, such as apache-2.0, mit or llama2"
         )
     elif data.license == "other" and not (data.license_name and data.license_link):
-        problems.append("license other needs --license-name and --license-link as well")
+        problems.append("license other also needs `license_name` and `license_link`")
     base_model = _as_list(data.base_model)
     if not base_model and not without_base_model:
         problems.append(
-            "the card names no base model: give --base-model for the language model and for the vision encoder "
-            f"(Hub ids), or --base-model {NO_BASE_MODEL} if every part was trained from scratch"
+            "the card names no base model: give `base_model` for the language model and for the vision encoder "
+            f"(Hub ids), or `base_model` {NO_BASE_MODEL} if every part was trained from scratch"
         )
     for field, names in (("base_model", base_model), ("datasets", _as_list(data.datasets))):
         problems += [f"{field} {name!r} is not a Hub id such as me/name" for name in names if not _is_repo_id(name)]
@@ -185,22 +190,22 @@ def check_card(content: str, *, without_base_model: bool = False) -> list[str]:
 
 
 def licence_warnings(card: ModelCard, config: Mapping[str, Any]) -> list[str]:
-    """Parts that may not be published again, as far as their names and sizes tell."""
+    """Parts that may not be redistributed, as far as names and sizes tell."""
     text = config.get("text_config", {})
     data: Any = card.data
     names = {*_as_list(data.base_model), str(text.get("_name_or_path", ""))}
     found = [(name, kin) for name in sorted(names) for rule, kin in RESTRICTED.items() if re.search(rule, name, re.I)]
     warnings = [
-        f"{name} is {kin}: its weights are for research, and may not be published again; a delta to them may be"
+        f"{name} is {kin}: its weights are for research only and may not be redistributed; a delta to them may"
         for name, kin in found
     ]
-    # What Llama 7B to 65B of the first generation have in common, and no later one: Llama 2 reads 4,096 tokens.
+    # True of the first generation of LLaMA, 7B to 65B, and of no later one: Llama 2 has a context of 4,096 tokens.
     is_first = text.get("model_type", "llama") == "llama" and 32000 <= text.get("vocab_size", 32000) < 32100
     is_first = is_first and text.get("max_position_embeddings", 2048) == 2048
     if not found and is_first and text.get("hidden_size", 4096) in (4096, 5120, 6656, 8192):
         warnings.append(
-            "the language model has the shape of LLaMA-1 (or a Vicuna before 1.5): if it is, its weights may not be "
-            "published again"
+            "the language model has the shape of LLaMA-1 (or a Vicuna before 1.5): if it is one, its weights may "
+            "not be redistributed"
         )
     return warnings
 
@@ -209,8 +214,8 @@ def read_results(path: str | Path) -> list[EvalResult]:
     """Measured results: a JSON list of objects with the fields of `huggingface_hub.EvalResult`.
 
     Raises:
-        ValueError: another format, or a result that lacks `task_type`, `dataset_type`, `dataset_name`,
-            `metric_type` or `metric_value`.
+        ValueError: another format, or a result without `task_type`, `dataset_type`, `dataset_name`, `metric_type` or
+            `metric_value`.
     """
     try:
         values = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -219,15 +224,17 @@ def read_results(path: str | Path) -> list[EvalResult]:
         return [EvalResult(**value) for value in values]
     except (TypeError, json.JSONDecodeError) as error:
         reason = str(error).replace("EvalResult.__init__() ", "")
-        raise ValueError(f"{path} is not a list of results as huggingface_hub.EvalResult has them: {reason}") from None
+        raise ValueError(
+            f"{path} is not a list of results with the fields of huggingface_hub.EvalResult: {reason}"
+        ) from None
 
 
 def count_parameters(folder: Path) -> str:
-    """The number of weights in the safetensors files, as "7.1 B"; read from their headers."""
+    """The number of weights, such as "7.1 B", from the headers of the safetensors files."""
     total = 0
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, "pt") as tensors:
-            for name in tensors.keys():  # it is not a dict
+            for name in tensors.keys():  # not a dict
                 size = 1
                 for side in tensors.get_slice(name).get_shape():
                     size *= side
@@ -239,7 +246,7 @@ def count_parameters(folder: Path) -> str:
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether `name` looks like `owner/name` on the Hub, and is no folder here."""
+    """Whether `name` looks like `owner/name` on the Hub and is not a local folder."""
     return name.count("/") == 1 and _is_repo_id(name) and not Path(name).exists()
 
 
@@ -261,16 +268,14 @@ def read_config(folder: Path) -> LongVLMConfig:
     """The configuration in a checkpoint folder.
 
     Raises:
-        ValueError: there is none, or that of another model.
+        ValueError: there is none, or it belongs to another model.
     """
     path = folder / "config.json"
     if not path.is_file():
-        raise ValueError(
-            f"{folder} holds no config.json: give the folder of a checkpoint, as save_pretrained wrote it"
-        )
+        raise ValueError(f"{folder} has no config.json: give the folder of a checkpoint, as save_pretrained wrote it")
     values = read_json_object(path)
     if values.get("model_type") != "longvlm":
-        raise ValueError(f"{folder} holds a {values.get('model_type')} model, not a LongVLM")
+        raise ValueError(f"{folder} contains a {values.get('model_type')} model, not a LongVLM")
     return LongVLMConfig.from_dict(values)
 
 
@@ -282,7 +287,7 @@ def read_video_options(folder: Path) -> dict[str, Any]:
     """
     path = folder / "processor_config.json"
     if not path.is_file():
-        raise ValueError(f"{folder} holds no processor_config.json: save the processor into it as well")
+        raise ValueError(f"{folder} has no processor_config.json: save the processor there as well")
     return read_json_object(path).get("video_processor", {})
 
 

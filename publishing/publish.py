@@ -1,8 +1,8 @@
-"""Publishes a checkpoint folder on the Hub: checks first, then one commit, or nothing.
+"""Publishes a checkpoint folder on the Hub: checks, then one commit, or nothing at all.
 
     publish("my-longvlm", "me/my-longvlm", license="apache-2.0", base_model=["Qwen/Qwen3-0.6B"])
 
-The folder itself is not changed. What is checked is what goes: a folder of links, with the card in it, is made first.
+The folder itself is not changed. The checks run on exactly what is uploaded: a temporary folder of links with a card.
 """
 
 import shutil
@@ -31,14 +31,14 @@ from longvlm.publishing.model_card import (
 )
 
 CARD = "README.md"
-# Of what lies on the Hub already: these would be read beside, or instead of, what is published now.
+# Files of an earlier version on the Hub that would be loaded together with, or instead of, the new ones.
 REPLACED = ("*.safetensors", "*.safetensors.index.json", "*.py")
-# Never published: what git, the Hub's client, Python and the Trainer keep for themselves.
+# Never published: files that git, the Hub's client, Python and the Trainer keep for themselves.
 LEFT_OUT = (".*", "*/.*", "__pycache__/*", "*/__pycache__/*", "checkpoint-*/*", "runs/*")
 
 
 class NotReady(ValueError):
-    """The folder must not be published as it is; `problems` says why, a line each."""
+    """The folder must not be published as it is; `problems` says why, one line each."""
 
     def __init__(self, problems: Sequence[str]):
         super().__init__("; ".join(problems))
@@ -46,19 +46,19 @@ class NotReady(ValueError):
 
 
 class PublishError(OSError):
-    """The Hub could not be reached, or refused; the message is one line and says what to do."""
+    """The Hub could not be reached, or refused the upload; the message says in one line what to do."""
 
 
 @dataclass
 class Publication:
-    """What goes, or went, to the Hub."""
+    """What is, or was, uploaded to the Hub."""
 
     repo_id: str
     sizes: dict[str, int]  # file in the repository -> bytes
     card: str
     warnings: list[str] = field(default_factory=list)
     deleted: list[str] = field(default_factory=list)  # files of an earlier version that the commit removed
-    url: str | None = None  # of the repository, or of the pull request; None: nothing was uploaded
+    url: str | None = None  # of the repository or the pull request; None: nothing was uploaded
 
 
 def publish(
@@ -82,31 +82,32 @@ def publish(
     commit_message: str | None = None,
     token: str | None = None,
     dry_run: bool = False,
-    progress: Callable[[str], None] = lambda step: None,
+    progress: Callable[..., None] | None = None,
 ) -> Publication:
-    """Checks the folder, and uploads it in one commit. A call that failed can be repeated: it finishes the work.
+    """Checks the folder and uploads it in one commit. A failed call can be repeated: it finishes the upload.
 
     Args:
         folder: a checkpoint, as `save_pretrained` of model and processor wrote it.
         repo_id: `USER/NAME`; the repository is created if there is none.
-        license, base_model, license_name, license_link, datasets, language, tags, results: of the card, see
-            `make_card`. A licence is demanded, and base models (or `["none"]`).
-        new_card: make a card even if the folder holds a README.md. Default: that one goes, with this metadata.
-        update_code: upload the installed version's code instead of the folder's.
-        exclude: patterns of files that stay here.
-        private: whether a repository that is created is private. Default: as the account is set.
-        branch: branch to commit to; created if there is none. Default: `main`.
+        license, base_model, license_name, license_link, datasets, language, tags, results: metadata of the card, see
+            `make_card`. A licence and base models (or `["none"]`) are required.
+        new_card: write a new card even if the folder has a README.md. Default: use that one, with this metadata.
+        update_code: upload the code of the installed version instead of the folder's.
+        exclude: patterns of files that are not uploaded.
+        private: whether a new repository is private. Default: the setting of the account.
+        branch: branch to commit to; created if needed. Default: `main`.
         create_pr: open a pull request instead of committing.
         commit_message: default: names the version of this package.
-        token: default: that of `hf auth login`, or `HF_TOKEN`.
-        dry_run: check, but do not upload; the network is not used.
-        progress: called with one line per step.
+        token: default: the one of `hf auth login`, or `HF_TOKEN`.
+        dry_run: run the checks, but upload nothing; the network is not used.
+        progress: called as `progress(step)`, once per step.
 
     Raises:
         NotReady: checks failed; nothing was uploaded.
-        ValueError: arguments that make no sense.
-        PublishError: the Hub could not be reached, or refused. Nothing was committed.
+        ValueError: impossible arguments.
+        PublishError: the Hub could not be reached, or refused the upload. Nothing was committed.
     """
+    progress = progress or (lambda step: None)
     folder = _check_arguments(folder, repo_id, branch, create_pr)
     try:
         config = read_config(folder)
@@ -117,7 +118,7 @@ def publish(
     try:
         own_card = None if new_card or CARD not in files else files[CARD].read_text(encoding="utf-8")
     except UnicodeDecodeError:
-        raise NotReady([f"{CARD} is not UTF-8: save it as UTF-8, or have it made anew with --new-card"]) from None
+        raise NotReady([f"{CARD} is not UTF-8: save it as UTF-8, or write a new one with `new_card`"]) from None
     files.pop(CARD, None)
     if update_code:
         files = {name: path for name, path in files.items() if not name.endswith(".py")} | checks.installed_code()
@@ -139,13 +140,13 @@ def publish(
             )
         problems += check_card(str(card), without_base_model=list(base_model or ()) == [NO_BASE_MODEL])
         problems += checks.problems_in_text(CARD, str(card))
-    except Exception as error:  # what the YAML parser and the readers of weights raise is no ValueError
+    except Exception as error:  # the YAML parser and the readers of weights do not raise ValueError
         problems.append(f"the card cannot be made: {' '.join(str(error).split())}")
     if problems:
         raise NotReady(problems)
 
     with _staged(files, str(card)) as stage:
-        progress("loading it in a process without this package")
+        progress("loading the checkpoint in a process without this package")
         if problems := checks.loading_problems(stage):
             raise NotReady(problems)
         staged = {name: stage / name for name in sorted({*files, CARD})}
@@ -164,7 +165,7 @@ def publish(
 
 
 def collect_files(folder: Path, exclude: Sequence[str] = ()) -> dict[str, Path]:
-    """The files of a folder that are published: name in the repository -> file here."""
+    """The files of a folder that are published: name in the repository -> local file."""
     files = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
@@ -176,21 +177,21 @@ def collect_files(folder: Path, exclude: Sequence[str] = ()) -> dict[str, Path]:
 def _check_arguments(folder: str | Path, repo_id: str, branch: str | None, create_pr: bool) -> Path:
     folder = Path(folder)
     if not folder.is_dir():
-        raise ValueError(f"{folder} is not a folder; give that of a checkpoint")
+        raise ValueError(f"{folder} is not a folder; give the folder of a checkpoint")
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        raise ValueError(f"--repo-id {repo_id!r}: {error}") from None
+        raise ValueError(f"`repo_id` {repo_id!r}: {error}") from None
     if "/" not in repo_id:
-        raise ValueError(f"--repo-id {repo_id!r} must be USER/NAME or ORGANISATION/NAME")
+        raise ValueError(f"`repo_id` {repo_id!r} must be USER/NAME or ORGANISATION/NAME")
     if branch is not None and create_pr:
-        raise ValueError(f"--branch {branch} and --create-pr exclude each other: a pull request is made against main")
+        raise ValueError(f"`branch` {branch} and `create_pr` exclude each other: a pull request targets main")
     return folder
 
 
 @contextmanager
 def _staged(files: dict[str, Path], card: str) -> Iterator[Path]:
-    """A temporary folder that holds exactly what is published."""
+    """A temporary folder with exactly the files that are published."""
     with tempfile.TemporaryDirectory(prefix="longvlm-publish-") as temporary:
         stage = Path(temporary) / "checkpoint"
         for name, path in files.items():
@@ -198,7 +199,7 @@ def _staged(files: dict[str, Path], card: str) -> Iterator[Path]:
             target.parent.mkdir(parents=True, exist_ok=True)
             try:
                 target.symlink_to(path.resolve())
-            except OSError:  # Windows, without the right to make links
+            except OSError:  # Windows, without permission to create links
                 shutil.copyfile(path, target)
         (stage / CARD).write_text(card, encoding="utf-8", newline="")
         yield stage
@@ -245,11 +246,11 @@ def _hub_errors_in_one_line(repo_id: str) -> Iterator[None]:
         raise PublishError(message) from error
 
 
-AGAIN = "nothing was committed; run the same command again, what has arrived is not sent twice"
+AGAIN = "nothing was committed; run the same command again, files that have arrived are not sent twice"
 
 
 def _explain(error: BaseException, repo_id: str) -> str | None:
-    """What happened between here and the Hub, and what to do; `None`: something else."""
+    """What went wrong between here and the Hub, and what to do; `None`: something else."""
     chain: list[BaseException] = [error]
     while (inner := chain[-1].__cause__ or chain[-1].__context__) is not None:
         chain.append(inner)
@@ -259,11 +260,11 @@ def _explain(error: BaseException, repo_id: str) -> str | None:
         if isinstance(link, HfHubHTTPError):
             said = " ".join((link.server_message or str(link)).split())
             return _explain_status(link.response.status_code, said, repo_id)
-    # The client's own library for HTTP differs between its versions, so it is known by its base class.
+    # The HTTP library differs between versions of the client, so it is recognised by its base class.
     http_error = HfHubHTTPError.__bases__[0]
     for link in chain:
         if isinstance(link, (http_error, ConnectionError, TimeoutError)):
-            status = getattr(getattr(link, "response", None), "status_code", None)  # of the storage behind the Hub
+            status = getattr(getattr(link, "response", None), "status_code", None)  # from the storage behind the Hub
             reason = " ".join(str(link).split()) or type(link).__name__
             if status is not None:
                 return _explain_status(status, reason, repo_id)
@@ -276,18 +277,18 @@ def _explain(error: BaseException, repo_id: str) -> str | None:
 def _explain_status(status: int, said: str, repo_id: str) -> str:
     if status == 401:
         return (
-            "the Hub does not accept the token (401): log in with `hf auth login`, or set HF_TOKEN to a token that "
-            "may write"
+            "the Hub does not accept the token (401): log in with `hf auth login`, or set HF_TOKEN to a token with "
+            "write access"
         )
     full = status == 403 and any(word in said.lower() for word in ("storage", "quota"))
     if full or status in (402, 413, 507):
-        return f"the Hub takes no more data ({status}: {said}): free some storage, then run the same command again"
+        return f"the Hub accepts no more data ({status}: {said}): free some storage, then run the same command again"
     if status == 403:
-        return f"the Hub does not let this token write to {repo_id} (403: {said}): use another token, or another name"
+        return f"this token may not write to {repo_id} (403: {said}): use another token, or another name"
     if status == 404:
-        return f"the Hub does not find {repo_id}, or the token may not see it (404: {said})"
+        return f"the Hub cannot find {repo_id}, or the token may not see it (404: {said})"
     if status == 429:
-        return f"the Hub asks for a pause (429: {said}): {AGAIN}"
+        return f"the Hub is limiting requests (429: {said}): {AGAIN}"
     if status >= 500:
-        return f"the Hub has an error of its own ({status}: {said}): {AGAIN}"
+        return f"the Hub has an internal error ({status}: {said}): {AGAIN}"
     return f"the Hub refuses the upload ({status}: {said})"

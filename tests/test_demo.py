@@ -94,7 +94,7 @@ def test_what_it_is_and_what_to_try_next_is_said(run):
     assert "knows this synthetic world only" in printed
     assert "longvlm ask demo/story-4.mp4 'What is the last object?'" in printed
     readme = (Path(demo.__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-    assert 'README.md, section "A LongVLM of your own"' in printed and "\n## A LongVLM of your own\n" in readme
+    assert 'README.md, section "Ask about your own video"' in printed and "\n## Ask about your own video\n" in readme
 
 
 @pytest.mark.parametrize("options", [("--duration", "0.5"), ("--story", "-1")], ids=str)

@@ -40,7 +40,8 @@ def exit_code_for(error: BaseException, command: Any, arguments: Sequence[str]) 
         return 2
     if os.environ.get("LONGVLM_TRACEBACK") or not _is_users(error):
         raise error
-    print(f"longvlm: error: {name_flags(one_line(error), command, arguments)}", file=sys.stderr)
+    for problem in getattr(error, "problems", None) or [one_line(error)]:  # a checkpoint that fails several checks
+        print(f"longvlm: error: {name_flags(problem, command, arguments)}", file=sys.stderr)
     return 2
 
 

@@ -54,37 +54,32 @@ def publish_command(
     from huggingface_hub.utils import disable_progress_bars
 
     from longvlm.publishing.model_card import read_results
-    from longvlm.publishing.publish import NotReady, publish
+    from longvlm.publishing.publish import publish
 
     silence_libraries()
     if quiet:
         disable_progress_bars()
-    try:
-        publication = publish(
-            folder,
-            repo_id,
-            license=license,
-            base_model=base_model or None,
-            license_name=license_name,
-            license_link=license_link,
-            datasets=dataset or (),
-            language=language or ("en",),
-            tags=tag or (),
-            results=read_results(results) if results is not None else (),
-            new_card=new_card,
-            update_code=update_code,
-            exclude=exclude or (),
-            private=private or None,
-            branch=branch,
-            create_pr=create_pr,
-            commit_message=commit_message,
-            dry_run=dry_run,
-            progress=Progress(disable=quiet),
-        )
-    except NotReady as error:
-        for problem in error.problems[:-1]:
-            print(f"longvlm: error: {problem}", file=sys.stderr)
-        raise ValueError(error.problems[-1]) from error
+    publication = publish(
+        folder,
+        repo_id,
+        license=license,
+        base_model=base_model or None,
+        license_name=license_name,
+        license_link=license_link,
+        datasets=dataset or (),
+        language=language or ("en",),
+        tags=tag or (),
+        results=read_results(results) if results is not None else (),
+        new_card=new_card,
+        update_code=update_code,
+        exclude=exclude or (),
+        private=private or None,
+        branch=branch,
+        create_pr=create_pr,
+        commit_message=commit_message,
+        dry_run=dry_run,
+        progress=Progress(disable=quiet),
+    )
     for warning in publication.warnings:
         print(f"longvlm: warning: {warning}", file=sys.stderr)
     if dry_run:

@@ -145,8 +145,6 @@ def build(out: Path, work: Path, *, rounds=ROUNDS, stages=STAGES, stories=STORIE
         results = measure(unscored, work / "scores.json", scores)
     lengths = ", ".join(f"{count:,} of {length:,} frames" for length, count in stories.items())
     about = {
-        "config": config,
-        "parameters": sum(p.numel() for p in model.parameters()),
         "versions": ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers")),
         "machine": f"{torch.get_num_threads()} CPU cores ({platform.machine()})",
         "seconds": clock.seconds,
@@ -158,8 +156,9 @@ def build(out: Path, work: Path, *, rounds=ROUNDS, stages=STAGES, stories=STORIE
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
         leave_code_out(Path(folder))
-        (Path(folder) / "README.md").write_text(card_text(results, about), encoding="utf-8")
-        (Path(folder) / "scores.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        for name, values in (("scores.json", results), ("training.json", about)):
+            (Path(folder) / name).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+        (Path(folder) / "README.md").write_text(card_text(folder, results, about), encoding="utf-8")
     print(f"longvlm-tiny: {out} is ready")
 
 

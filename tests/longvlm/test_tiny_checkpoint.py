@@ -12,6 +12,7 @@ import longvlm
 from longvlm.evaluation import storyline
 from longvlm.evaluation.storyline.scoring import answer_stories, score
 from recipes.tiny.build import measure
+from recipes.tiny.card import card_text
 
 FLOOR, FLOOR_LONG = 0.87, 0.78
 
@@ -75,6 +76,12 @@ def test_scores_of_other_weights_are_not_taken(tmp_path):
     assert results["known"] == 1 and results["blind"]["run"]["video"] == "none"
     file.write_text(json.dumps({"weights": "others", "results": {"known": 1}}), encoding="utf-8")
     assert measure(folder, file, {}) == {}
+
+
+def test_the_card_is_what_the_recipe_makes_of_the_scores():
+    folder = longvlm.tiny_checkpoint()
+    scores, training = (json.loads((folder / f"{name}.json").read_text()) for name in ("scores", "training"))
+    assert (folder / "README.md").read_text(encoding="utf-8") == card_text(folder, scores, training)
 
 
 def test_card_tells_the_scores_that_were_measured():

@@ -77,13 +77,13 @@ def test_text_says_what_was_measured_or_that_nothing_was(folder):
 @pytest.mark.parametrize(
     "settings, row",
     [
-        ({"frames_per_segment": 5}, "| frames in a segment (K) | 5 |"),
-        ({"tokens_per_segment": 9}, "| tokens a segment is merged into (M) | 9 |"),
+        ({"frames_per_segment": 5}, "| frames per segment (K) | 5 |"),
+        ({"tokens_per_segment": 9}, "| tokens per segment after merging (M) | 9 |"),
         ({"num_global_layers": 1, "global_placement": "suffix"}, "| global tokens (E) | 1 (suffix) |"),
         ({"global_placement": "none"}, "| global tokens (E) | 0 (none) |"),
         ({"merge_schedule": [20, 30]}, "| pairs merged in each step | 20, 30 |"),
-        ({"merge_similarity": "per_head"}, "| similarity | per_head, over 4 slices |"),
-        ({"merge_order": "time"}, "| order of a segment's tokens | time |"),
+        ({"merge_similarity": "per_head"}, "| similarity | per_head, over 4 heads |"),
+        ({"merge_order": "time"}, "| order of the tokens of a segment | time |"),
         ({"projector_type": "mlp2x_gelu"}, "| projector | mlp2x_gelu |"),
         ({"vision_feature_layer": -1}, "| hidden state that is merged | -1 |"),
     ],
@@ -98,7 +98,7 @@ def test_sizes_come_from_the_files(folder):
     model, processor = tiny_longvlm()
     card = str(make_card(folder, "me/tiny", **ABOUT))
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    assert f"checkpoint of {parameters / 1000:.3g} k parameters" in card
+    assert f"checkpoint with {parameters / 1000:.3g} k parameters" in card
     assert f"so that 8 frames become {processor.num_video_tokens(8)} tokens" in card
 
 
@@ -118,7 +118,9 @@ def test_nothing_of_the_template_is_left(folder):
         assert not any(mark in text for mark in ("{{", "}}", "{%", "%}", "None", "|  |", "\n\n\n"))
         assert text.count("```") % 2 == 0 and "# tiny\n" in text
         assert "eccv" in text.lower() and "@inproceedings{weng2024longvlm" in text
-        assert all(f"\n## {part}\n" in text for part in ("Use", "How it is made", "Results", "Limits", "Citation"))
+        assert all(
+            f"\n## {part}\n" in text for part in ("How to use it", "Architecture", "Results", "Limits", "Citation")
+        )
 
 
 def test_base_models_are_found_in_the_configuration(tmp_path):
@@ -139,10 +141,10 @@ def test_template_is_the_file_at_the_top():
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"license": None}, "--license"),
-        ({"license": "Apache 2.0"}, "'Apache 2.0' is not the Hub's name"),
-        ({"license": "other"}, "--license-name and --license-link"),
-        ({"base_model": []}, "--base-model none"),
+        ({"license": None}, "`license`"),
+        ({"license": "Apache 2.0"}, "'Apache 2.0' is not a licence name"),
+        ({"license": "other"}, "`license_name` and `license_link`"),
+        ({"base_model": []}, "`base_model` none"),
         ({"base_model": ["llm"]}, "base_model 'llm' is not a Hub id"),
         ({"base_model": ["/home/me/llm"]}, "is not a Hub id"),
         ({"datasets": ["my data"]}, "datasets 'my data'"),

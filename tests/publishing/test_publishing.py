@@ -225,7 +225,7 @@ trainer.push_to_hub()
         assert {name: arrived.get(name) for name in code} == {name: path.read_bytes() for name, path in code.items()}
         check_loads_back(hub, "me/trained", tmp_path)
     # What the Trainer leaves can be published as well; its arguments are a pickle.
-    with pytest.raises(NotReady, match=r"training_args.bin is a pickle"):
+    with pytest.raises(NotReady, match=r"training_args.bin is or may contain a pickle"):
         publish(tmp_path / "out", "me/y", **CARD, dry_run=True)
     publication = publish(tmp_path / "out", "me/y", **CARD, exclude=["training_args.bin"], dry_run=True)
     assert "training_args.bin" not in publication.sizes and "model.safetensors" in publication.sizes
@@ -324,25 +324,25 @@ def path_in_weights(folder):
 
 
 SPOILED = {
-    "pickled weights": (write("pytorch_model.bin", b"x"), "pytorch_model.bin is a pickle"),
-    "numpy arrays": (write("features.npy", b"x"), "features.npy is a pickle"),
-    "cut weights": (write("model.safetensors", b"x" * 100), "model.safetensors is broken"),
+    "pickled weights": (write("pytorch_model.bin", b"x"), "pytorch_model.bin is or may contain a pickle"),
+    "numpy arrays": (write("features.npy", b"x"), "features.npy is or may contain a pickle"),
+    "cut weights": (write("model.safetensors", b"x" * 100), "model.safetensors is damaged"),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "no weights"),
-    "a shard missing": (drop_a_shard, "names model-00002-of-00002.safetensors, which is not there"),
-    "path in the weights": (path_in_weights, "model.safetensors, metadata source: a path"),
+    "a shard missing": (drop_a_shard, "names model-00002-of-00002.safetensors, which does not exist"),
+    "path in the weights": (path_in_weights, "model.safetensors, metadata source: the local path"),
     "path in config": (
         edit("config.json", lambda values: values["text_config"].update(_name_or_path="/srv2/models/llm")),
-        r"config.json, line \d+: _name_or_path is a path of this machine, /srv2/models/llm",
+        r"config.json, line \d+: _name_or_path is the local path /srv2/models/llm",
     ),
     "relative path": (
         edit("tokenizer_config.json", lambda values: values.update(name_or_path="../llm")),
-        r"tokenizer_config.json, line \d+: name_or_path is a path of this machine, ../llm",
+        r"tokenizer_config.json, line \d+: name_or_path is the local path ../llm",
     ),
     "Windows path": (
         edit("tokenizer_config.json", lambda values: values.update(name_or_path="C:\\models\\llm")),
-        r"name_or_path is a path of this machine, C:\\models",
+        r"name_or_path is the local path C:\\models",
     ),
-    "path in text": (note("trained from /home/me/data"), "notes.md, line 2: a path of this machine, /home/me/data"),
+    "path in text": (note("trained from /home/me/data"), "notes.md, line 2: the local path /home/me/data"),
     "Hub token": (note("hf_" + "aB3" * 12), "notes.md, line 2: a Hugging Face token"),
     "AWS key": (note("AKIA" + "A7" * 8), "an AWS key"),
     "GitHub token": (note("ghp_" + "a1" * 18), "a GitHub token"),
@@ -352,15 +352,15 @@ SPOILED = {
     "token in code": (write("extra.py", "token = 'hf_" + "aB3" * 12 + "'"), "extra.py, line 1: a Hugging Face token"),
     "changed code": (
         lambda folder: (folder / "token_merging.py").open("a").write("# mine\n"),
-        r"code is not that of the installed version \(token_merging.py\)",
+        r"code differs from the installed version \(token_merging.py\)",
     ),
     "code missing": (lambda folder: (folder / "token_merging.py").unlink(), r"code is missing \(token_merging.py\)"),
-    "foreign code": (write("handler.py", "pass\n"), "handler.py is no code of this package"),
+    "foreign code": (write("handler.py", "pass\n"), "handler.py is not code of this package"),
     "no auto_map": (edit("config.json", lambda values: values.pop("auto_map")), "config.json, auto_map"),
     "no pipeline": (edit("config.json", lambda values: values.pop("custom_pipelines")), "custom_pipelines"),
     "another model": (edit("config.json", lambda values: values.update(model_type="clip")), "a clip model"),
     "no processor": (lambda folder: (folder / "processor_config.json").unlink(), "save the processor"),
-    "no config": (lambda folder: (folder / "config.json").unlink(), "holds no config.json"),
+    "no config": (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
     "path in own card": (
         write("README.md", "---\nlicense: mit\n---\nin /home/me/x\n"),
         "README.md, line .*/home/me/x",
@@ -373,10 +373,10 @@ SPOILED = {
         write("notes.bin2", b"\xff\xfa\n" + b"AKIA" + b"A7" * 8),
         "notes.bin2, line 2: an AWS key",
     ),
-    "config no object": (write("config.json", "[]"), "config.json holds a list"),
-    "index no object": (write("model.safetensors.index.json", "[]"), "model.safetensors.index.json is no index"),
-    "index of a list": (write("model.safetensors.index.json", '{"weight_map": []}'), "is no index of shards"),
-    "card not UTF-8": (write("README.md", b"\xff\xfe\x00bad"), "README.md is not UTF-8.*--new-card"),
+    "config no object": (write("config.json", "[]"), "config.json holds a JSON list"),
+    "index no object": (write("model.safetensors.index.json", "[]"), "model.safetensors.index.json is not an index"),
+    "index of a list": (write("model.safetensors.index.json", '{"weight_map": []}'), "is not an index of shards"),
+    "card not UTF-8": (write("README.md", b"\xff\xfe\x00bad"), "README.md is not UTF-8.*`new_card`"),
     "card not YAML": (write("README.md", "---\nlicense: [mit\n---\n"), "card cannot be made"),
 }
 
@@ -435,7 +435,7 @@ def test_folder_that_does_not_load_is_refused(hub, folder):
     with pytest.raises(NotReady, match=f"1 missing weights, for example {name}"):
         publish(folder, "me/x", **CARD)
     save_file(tensors | {name: torch.full_like(tensors[name], float("nan"))}, folder / "model.safetensors")
-    with pytest.raises(NotReady, match="not numbers"):
+    with pytest.raises(NotReady, match="computes NaN"):
         publish(folder, "me/x", **CARD)
     assert not hub.requests
 
@@ -457,7 +457,13 @@ FAILURES = {
     "connection dropped within the weights": (LFS_PUT, "drop"),
     "connection dropped within the commit": (COMMIT, "drop"),
 }
-EXPECTED = {402: "takes no more data", 413: "takes no more data", 507: "takes no more data", 403: "403", 429: "429"}
+EXPECTED = {
+    402: "accepts no more data",
+    413: "accepts no more data",
+    507: "accepts no more data",
+    403: "403",
+    429: "429",
+}
 
 
 def check_failed(code, out, err):
@@ -476,9 +482,9 @@ def test_failure_is_one_line_commits_nothing_and_the_next_run_finishes(case, hub
     if failure == "drop":
         assert "connection" in message and "run the same command again" in message
     elif "quota" in case or failure[0] in EXPECTED:
-        assert ("takes no more data" if "quota" in case else EXPECTED[failure[0]]) in message
+        assert ("accepts no more data" if "quota" in case else EXPECTED[failure[0]]) in message
     else:
-        assert "an error of its own" in message and str(failure[0]) in message
+        assert "an internal error" in message and str(failure[0]) in message
     assert not hub.repos or not hub.repos["me/x"].commits
 
     sent = len(hub.lfs)

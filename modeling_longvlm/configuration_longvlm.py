@@ -9,6 +9,7 @@ import operator
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from .remote_code import is_remote
 from .token_merging import clip_schedule
 
 # CLIP ViT-L/14 at 224 px, the paper's encoder.
@@ -113,7 +114,7 @@ class LongVLMConfig(PreTrainedConfig):
         self.video_start_token_id = vocab_size - 2 if video_start_token_id is None else video_start_token_id
         self.video_end_token_id = vocab_size - 1 if video_end_token_id is None else video_end_token_id
 
-        if not type(self).__module__.startswith("transformers_modules"):
+        if not is_remote(type(self)):
             # With this key in the configuration `pipeline()` insists on the folder's code; the installed package has
             # registered the task itself. `save_pretrained` of the model writes the key again.
             kwargs.pop("custom_pipelines", None)
@@ -265,5 +266,7 @@ def _one_of(name: str, value, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")
 
+
+LongVLMConfig.register_for_auto_class("AutoConfig")
 
 __all__ = ["LongVLMConfig"]

@@ -12,7 +12,6 @@ Letters as in `configuration_longvlm.py`: T frames, N patches, d width, K, S, M,
 import inspect
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -27,30 +26,15 @@ from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_longvlm import LongVLMConfig
+from .remote_code import CONFIG_ENTRIES, code_named
 from .token_merging import merge_tokens
 from .video_state_longvlm import LongVLMVideoState
 from .vision_tower_longvlm import frames_for, to_device_of, vision_encoder
 
-if TYPE_CHECKING:
-    # This line makes the pipeline's file travel with a saved checkpoint: transformers copies what is imported here.
-    from .pipeline_longvlm import VideoQuestionAnsweringPipeline  # noqa: F401
-
 logger = logging.get_logger(__name__)
 
-# What a saved folder tells transformers where the package is not installed.
-AUTO_MAP = {
-    "AutoConfig": "configuration_longvlm.LongVLMConfig",
-    "AutoModel": "modeling_longvlm.LongVLMModel",
-    "AutoModelForImageTextToText": "modeling_longvlm.LongVLMForConditionalGeneration",
-    "AutoModelForMultimodalLM": "modeling_longvlm.LongVLMForConditionalGeneration",
-}
-CUSTOM_PIPELINES = {
-    "video-question-answering": {
-        "impl": "pipeline_longvlm.VideoQuestionAnsweringPipeline",
-        "pt": ["AutoModelForImageTextToText"],
-        "type": "multimodal",
-    }
-}
+# conversion/original.py still asks here; `remote_code.save_code_and_config` does what it needs.
+AUTO_MAP, CUSTOM_PIPELINES = CONFIG_ENTRIES["auto_map"], CONFIG_ENTRIES["custom_pipelines"]
 
 _NOT_BOTH = "Give pixel_values_videos or video_features, not both: the features replace the pixels."
 
@@ -191,21 +175,8 @@ class LongVLMPreTrainedModel(PreTrainedModel):
 
     def save_pretrained(self, save_directory, **kwargs):
         """As in transformers; the configuration also names the code and the pipeline that come with the weights."""
-        had = {name: getattr(self.config, name, None) for name in ("auto_map", "custom_pipelines")}
-        self.config.auto_map = dict(AUTO_MAP)
-        self.config.custom_pipelines = CUSTOM_PIPELINES
-        # FSDP derives a class in torch from each sharded model's; the code to be saved is where ours is.
-        kind = type(self)
-        self.__class__ = next(base for base in kind.__mro__ if not base.__module__.startswith("torch."))
-        try:
+        with code_named(self):
             super().save_pretrained(save_directory, **kwargs)
-        finally:
-            self.__class__ = kind
-            for name, value in had.items():
-                if value is None:
-                    delattr(self.config, name)
-                else:
-                    setattr(self.config, name, value)
 
     def get_video_features(
         self, pixel_values_videos: Tensor, num_frames: Tensor | list[int] | None = None, **kwargs
@@ -733,5 +704,8 @@ def _output(kind: type, outputs: Mapping, **more):
     names = kind.__dataclass_fields__.keys() - more.keys() - ({"last_hidden_state"} if "logits" in more else set())
     return kind(**{name: value for name, value in outputs.items() if name in names}, **more)
 
+
+LongVLMModel.register_for_auto_class("AutoModel")
+LongVLMForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
 
 __all__ = ["LongVLMForConditionalGeneration", "LongVLMModel", "LongVLMPreTrainedModel", "LongVLMVideoFeatures"]

@@ -71,7 +71,7 @@ def convert_to_original(
         for done, video in enumerate(stored or (), start=1):
             assert stored is not None
             found = stored[video]
-            for kind, tensor in (("local", found.local_features), ("memory", found.memory)):
+            for kind, tensor in (("local", found.local_features), ("memory", found.all_global_features)):
                 file = partial / kind / f"{video}.pkl"
                 if not file.resolve().is_relative_to((partial / kind).resolve()):
                     raise ValueError(f'the video "{video}" would be written outside of {out}')

@@ -20,8 +20,9 @@ from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
 from longvlm.conversion.hub import short_name
 from longvlm.conversion.openclip_vision import PREFIX, load_open_clip_by_name
-from longvlm.conversion.parts import IMAGE_OPTIONS, VisionPart
+from longvlm.conversion.parts import VisionPart
 from longvlm.files import read_json_object
+from longvlm.processing.video_processing_longvlm import IMAGE_OPTIONS
 
 
 def load_vision(source: str | Path, *, dtype: torch.dtype | None = None) -> VisionPart:

@@ -78,8 +78,8 @@ def demo(number: int, duration: float, out: Path) -> None:
 
         import longvlm
         from longvlm.evaluation import storyline
+        from longvlm.evaluation.answers import name_choice
         from longvlm.evaluation.merge_picture import draw_merging
-        from longvlm.evaluation.metrics.short_answer.short_answer import name_choice
 
         logging.set_verbosity_error()
         logging.disable_progress_bar()

@@ -178,7 +178,7 @@ class LongVLMEngine:
             answers = [[Answer("", [], [], "cancelled", 0)] for _ in conversations]
         else:
             answers = self._answer(prompt, should_stop, generate_kwargs, return_details, return_full_text)
-        results = [several if return_details else [answer.text for answer in several] for several in answers]
+        results: list[Any] = [several if return_details else [one.text for one in several] for several in answers]
         results = [several[0] if len(several) == 1 else several for several in results]
         return results if is_batch else results[0]
 

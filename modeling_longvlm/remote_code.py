@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from transformers.dynamic_module_utils import custom_object_save, get_relative_import_files
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 PIPELINE_TASK = "video-question-answering"
 
 # Where config.json says which class is in which file. The processor's files need nothing: transformers writes them.
-CONFIG_ENTRIES = {
+CONFIG_ENTRIES: dict[str, dict[str, Any]] = {
     "auto_map": {
         "AutoConfig": "configuration_longvlm.LongVLMConfig",
         "AutoModel": "modeling_longvlm.LongVLMModel",
@@ -91,7 +91,7 @@ def remove_code(folder: str | os.PathLike) -> None:
 
 def code_files(*classes: type) -> dict[str, Path]:
     """The files that `save_pretrained` of these classes copies: name in the folder -> file here."""
-    files = {}
+    files: dict[str, Path] = {}
     for cls in classes:
         own = inspect.getfile(cls)
         files |= {Path(file).name: Path(file) for file in (own, *get_relative_import_files(own))}

@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# Similarity scores held at a time: segments are matched in groups of this size. 16 MiB in float32 stay near a CPU's
-# cache; an accelerator wants few large launches instead.
-_SCORES_AT_A_TIME = {"cpu": 1 << 22, "accelerator": 1 << 26}
+SIMILARITIES = ("mean_head", "per_head")
+ORDERS = ("matching", "time")
 
 
 def derive_schedule(tokens: int, num_tokens: int) -> list[int]:
@@ -33,7 +32,7 @@ def derive_schedule(tokens: int, num_tokens: int) -> list[int]:
         ValueError: if either is less than 1.
     """
     if tokens < 1 or num_tokens < 1:
-        raise ValueError(f"tokens and num_tokens must be at least 1, got tokens={tokens} and num_tokens={num_tokens}.")
+        raise ValueError(f"tokens and num_tokens must be at least 1, got tokens={tokens} and num_tokens={num_tokens}")
     schedule = []
     while tokens > num_tokens:
         schedule.append(min(tokens // 2, tokens - num_tokens))
@@ -91,45 +90,74 @@ def merge_tokens(
     Raises:
         ValueError: for impossible arguments; the message names the value.
     """
-    if hidden_states.ndim != 3 or 0 in hidden_states.shape:
-        raise ValueError(
-            f"hidden_states must be (segments, tokens, width), none of them 0, got {tuple(hidden_states.shape)}."
-        )
-    _, tokens, width = hidden_states.shape
-    if not hidden_states.is_floating_point():
-        raise ValueError(f"hidden_states must be floating point, got {hidden_states.dtype}.")
-    if similarity not in ("mean_head", "per_head"):
-        raise ValueError(f"similarity must be 'mean_head' or 'per_head', got {similarity!r}.")
-    if order not in ("matching", "time"):
-        raise ValueError(f"order must be 'matching' or 'time', got {order!r}.")
-    if num_heads < 1 or width % num_heads:
-        raise ValueError(f"num_heads must divide the width {width}, got {num_heads}.")
-    if num_tokens is None and schedule is None:
-        raise ValueError("merge_tokens needs num_tokens or schedule.")
-    if num_tokens is not None and num_tokens < 1:
-        raise ValueError(f"num_tokens must be at least 1, got {num_tokens}.")
-
+    _check_arguments(hidden_states, num_tokens, schedule, num_heads, similarity, order)
+    tokens = hidden_states.shape[1]
     if schedule is None:
         schedule = derive_schedule(tokens, num_tokens)
     else:
         schedule = clip_schedule(schedule, tokens, num_tokens or 1)
     tokens_left = tokens - sum(schedule)
     if num_tokens is not None and tokens_left > num_tokens:
-        raise ValueError(f"The schedule leaves {tokens_left} of {tokens} tokens, num_tokens asks for {num_tokens}.")
+        raise ValueError(
+            f"schedule leaves {tokens_left} of {tokens} tokens, but num_tokens is {num_tokens}: merge more pairs, or "
+            "leave num_tokens out"
+        )
 
-    # The widest step compares ceil(T / 2) x floor(T / 2) tokens: that many scores a segment.
-    device = hidden_states.device.type
-    scores_at_a_time = _SCORES_AT_A_TIME["cpu" if device == "cpu" else "accelerator"]
-    group = max(1, scores_at_a_time // (((tokens + 1) // 2) ** 2))
     merged, assignments = [], []
-    with torch.autocast(device, enabled=False):  # matching in half precision would merge other tokens
-        for x in hidden_states.split(group):  # (s, T, d)
+    # Matching in half precision would merge other tokens.
+    with torch.autocast(hidden_states.device.type, enabled=False):
+        for x in hidden_states.split(_segments_at_a_time(hidden_states)):  # (s, T, d)
             assignment = _match(x, schedule, num_heads, similarity)  # (s, T)
             if order == "time":
                 assignment = _sort_by_time(assignment, tokens_left, tokens_per_frame)
             merged.append(_average(x, assignment, tokens_left))  # (s, M, d)
             assignments.append(assignment)
     return (torch.cat(merged), torch.cat(assignments)) if return_assignment else torch.cat(merged)
+
+
+def check_method(width: int, num_heads: int, similarity: str, order: str, prefix: str = "") -> None:
+    """Refuses a way of merging that tokens of this width cannot be merged in.
+
+    Args:
+        width, num_heads, similarity, order: see `merge_tokens`.
+        prefix: what the caller's own names of these arguments begin with; the errors name those.
+
+    Raises:
+        ValueError: names argument, value and limit.
+    """
+    if similarity not in SIMILARITIES:
+        raise ValueError(f"{prefix}similarity must be {_either(SIMILARITIES)}, got {similarity!r}")
+    if order not in ORDERS:
+        raise ValueError(f"{prefix}order must be {_either(ORDERS)}, got {order!r}")
+    if num_heads < 1 or width % num_heads:
+        raise ValueError(f"{prefix}num_heads must divide the width of the features, {width}, got {num_heads}")
+
+
+def _check_arguments(hidden_states: Tensor, num_tokens, schedule, num_heads: int, similarity: str, order: str) -> None:
+    if hidden_states.ndim != 3 or 0 in hidden_states.shape:
+        raise ValueError(
+            "hidden_states must have shape (segments, tokens, width), none of them 0, got "
+            f"{tuple(hidden_states.shape)}"
+        )
+    if not hidden_states.is_floating_point():
+        raise ValueError(f"hidden_states must be floating point, got {hidden_states.dtype}")
+    if num_tokens is None and schedule is None:
+        raise ValueError("merge_tokens needs num_tokens or schedule, got neither")
+    if num_tokens is not None and num_tokens < 1:
+        raise ValueError(f"num_tokens must be at least 1, got {num_tokens}")
+    check_method(hidden_states.shape[-1], num_heads, similarity, order)
+
+
+def _either(choices: tuple[str, ...]) -> str:
+    return " or ".join(map(repr, choices))
+
+
+def _segments_at_a_time(hidden_states: Tensor) -> int:
+    """How many segments are matched at once. The first step's scores are by far the largest thing in memory."""
+    tokens, on_cpu = hidden_states.shape[1], hidden_states.device.type == "cpu"
+    scores_per_segment = ((tokens + 1) // 2) ** 2  # even positions x odd positions
+    # In float32, 16 MiB of scores stay near a CPU's cache; 256 MiB are few, large launches on an accelerator.
+    return max(1, (1 << 22 if on_cpu else 1 << 26) // scores_per_segment)
 
 
 @torch.no_grad()

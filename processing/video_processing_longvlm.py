@@ -28,6 +28,19 @@ PRESETS = {
     "clip": {"do_center_crop": True, "resample": PILImageResampling.BICUBIC},
     "original": {"do_center_crop": False, "resample": PILImageResampling.NEAREST},
 }
+# Options that image processors have as well, under the same names.
+IMAGE_OPTIONS = (
+    "do_resize",
+    "size",
+    "resample",
+    "do_center_crop",
+    "crop_size",
+    "do_rescale",
+    "rescale_factor",
+    "do_normalize",
+    "image_mean",
+    "image_std",
+)
 SHORT_VIDEO = ("keep", "stretch", "once")
 MAX_UNSAMPLED_FRAMES = 10_000  # about 1.5 GB of 224 x 224 frames, four times that as floats
 METADATA_FIELDS = ("total_num_frames", "fps", "width", "height", "duration", "video_backend", "frames_indices")

@@ -12,7 +12,8 @@ import sys
 import pytest
 import torch
 
-from tests.helpers.real_data import or_skip, real_videos, smollm2_gguf
+from recipes.smollm2.language_model import smollm2_gguf
+from tests.helpers.real_data import or_skip, real_videos
 
 pytestmark = pytest.mark.slow
 

@@ -1,9 +1,9 @@
-"""Chats with their videos, or features of them, become one batch for the model.
+"""Chats with their videos, or with features of them, become one batch for the model.
 
     collator = LongVLMDataCollator(processor, max_length=2048)
     batch = collator([{"messages": [...]}, ...])
 
-Padding is on the right here (generation pads on the left). Videos are decoded here, in the workers of the data loader.
+Training pads on the right (generation pads on the left). Videos are decoded here, in the data loader's workers.
 """
 
 from collections.abc import Mapping
@@ -12,23 +12,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longvlm.modeling_longvlm.modeling_longvlm import LongVLMVideoFeatures
 from longvlm.training.chat_encoding import IGNORED, encode_chat, pad
 from longvlm.training.formats import BadRow, as_messages, videos_in
 
 
 class LongVLMDataCollator:
     """
-    Also for TRL's `SFTTrainer`, which needs `SFTConfig(max_length=None, remove_unused_columns=False,
-    dataset_kwargs={"skip_prepare_dataset": True})` beside `data_collator=` and `processing_class=processor`.
+    Makes batches for `Trainer`. It also works with TRL's `SFTTrainer`, which needs `SFTConfig(max_length=None,
+    remove_unused_columns=False, dataset_kwargs={"skip_prepare_dataset": True})` next to `data_collator=` and
+    `processing_class=processor`.
 
     Args:
         processor: a `LongVLMProcessor`.
-        max_length: tokens of a chat at most, its videos' included.
-        too_long: `"drop"`: a longer chat is an error here (`build_dataset` sorts them out beforehand); `"truncate"`:
-            its end is cut, as in `encode_chat`.
-        chat_template: instead of the processor's own.
+        max_length: maximum length of a chat in tokens, including those of its videos.
+        truncation: cut the end of a longer chat, as `encode_chat` does. Otherwise such a chat is an error here
+            (`build_dataset` drops them beforehand).
+        chat_template: replaces the processor's own.
         pad_to_multiple_of: lengths are rounded up to a multiple of it.
-        video_options: of the video processor (`num_frames`, `fps`...).
+        video_options: options of the video processor (`num_frames`, `fps`...).
     """
 
     def __init__(
@@ -36,14 +38,14 @@ class LongVLMDataCollator:
         processor,
         *,
         max_length: int | None = None,
-        too_long: str = "drop",
+        truncation: bool = False,
         chat_template: str | None = None,
         pad_to_multiple_of: int | None = None,
         video_options: Mapping[str, Any] | None = None,
     ):
         self.processor = processor
         self.max_length = max_length
-        self.too_long = too_long
+        self.truncation = truncation
         self.chat_template = chat_template
         self.pad_to_multiple_of = pad_to_multiple_of
         self.video_options = dict(video_options or {})
@@ -51,17 +53,17 @@ class LongVLMDataCollator:
     def __call__(self, examples: list[Mapping[str, Any]]) -> dict[str, Any]:
         """
         Args:
-            examples: rows of any form that `as_messages` knows. With `"video_features"`, a list of mappings with
-                `local_features` `(L, d)` and `global_features` `(E, d)`, one for each place of a video, no video of
-                the row is decoded.
+            examples: rows of any form that `as_messages` knows. No video of a row is decoded if it has
+                `"video_features"`, a list of one `LongVLMVideoFeatures` per video (of
+                `StoredFeatures.as_video_features`).
 
         Returns:
-            `input_ids`, `attention_mask`, `labels`: int64 `(batch, length)`; where there are videos also
+            `input_ids`, `attention_mask`, `labels`: int64 `(batch, length)`. If there are videos, also
             `pixel_values_videos` float32 `(videos, max_frames, 3, H, W)` and `num_frames` int64 `(videos,)`, or
-            `video_features`.
+            `video_features`: `local_features`, `(L, d)` each, and `global_features` `(videos, E, d)`.
 
         Raises:
-            ValueError: a row cannot be trained on, or some have features and others videos.
+            ValueError: a row cannot be trained on, or some rows have features and others videos.
         """
         chats = [
             as_messages(example) if "video_features" not in example else example["messages"] for example in examples
@@ -69,7 +71,7 @@ class LongVLMDataCollator:
         features = [list(example.get("video_features") or []) for example in examples]
         videos = [[] if features[i] else videos_in(chat) for i, chat in enumerate(chats)]
         if any(features) and any(videos):
-            raise ValueError("a batch has features of some videos and pixels of others; extract the features of all")
+            raise ValueError("a batch mixes features and videos; extract the features of all videos")
         batch_of_videos, counts = self._encode_features(features) if any(features) else self._encode_videos(videos)
         encoded = []
         for row, (chat, row_counts) in enumerate(zip(chats, counts, strict=True)):
@@ -81,7 +83,7 @@ class LongVLMDataCollator:
                         row_counts,
                         chat_template=self.chat_template,
                         max_length=self.max_length,
-                        too_long=self.too_long,
+                        truncation=self.truncation,
                     )
                 )
             except BadRow as error:
@@ -97,7 +99,7 @@ class LongVLMDataCollator:
         }
 
     def _encode_videos(self, videos: list[list]) -> tuple[dict[str, Tensor], list[list[int]]]:
-        """-> what the model gets of raw videos, and the numbers of tokens of each row's videos."""
+        """-> the model's inputs for raw videos, and for each row the tokens of each of its videos."""
         flat = [video for row in videos for video in row]
         if not flat:
             return {}, [[] for _ in videos]
@@ -106,14 +108,11 @@ class LongVLMDataCollator:
         counts = [[self.processor.num_video_tokens(next(frames)) for _ in row] for row in videos]
         return {name: encoded[name] for name in ("pixel_values_videos", "num_frames")}, counts
 
-    def _encode_features(self, features: list[list[Mapping]]) -> tuple[dict[str, Any], list[list[int]]]:
-        flat = [one for row in features for one in row]
-        counts = [[len(one["local_features"]) + self.processor.num_global_tokens for one in row] for row in features]
-        video_features = {
-            "local_features": tuple(one["local_features"] for one in flat),
-            "global_features": torch.stack([one["global_features"] for one in flat]),
-        }
-        return {"video_features": video_features}, counts
+    def _encode_features(self, features: list[list[LongVLMVideoFeatures]]) -> tuple[dict[str, Any], list[list[int]]]:
+        counts = [[self.processor.count_video_tokens(video)[0] for video in row] for row in features]
+        joined = LongVLMVideoFeatures.cat(video for row in features for video in row)
+        # A plain dict: pinning a batch's memory updates a copy of each mapping, which a ModelOutput refuses.
+        return {"video_features": dict(joined)}, counts
 
 
 __all__ = ["LongVLMDataCollator"]

@@ -1,38 +1,38 @@
-"""Training data: files of rows, checked before the training starts, as one dataset of chats.
+"""Training data: files of rows, checked before training starts, become one dataset of chats.
 
     dataset, report = build_dataset(["train.json"], processor, video_folders=["videos"], max_length=2048)
     print(report)          # 9,968 rows kept, 32 dropped: 30 missing video, 2 too long
     report.save("data_report.json")
 
-No row is left out without being named, with the reason, in the report. The same dataset class gives raw videos or
-features that `longvlm extract` made, whatever the rows look like.
+Every row that is dropped is named in the report, with the reason. One dataset class serves raw videos and features
+made by `longvlm extract`, whatever the form of the rows.
 """
 
 import json
 import random
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
+from longvlm.features.failures import read_failed
 from longvlm.features.store import FeatureReader
-from longvlm.processing.video_decoding import decode_video
+from longvlm.features.videos import VIDEO_SUFFIXES
+from longvlm.files import atomic_write
+from longvlm.processing.video_decoding import probe_video
 from longvlm.training.chat_encoding import encode_chat
 from longvlm.training.formats import BadRow, as_messages, videos_in, without_videos
 
-VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".ts", ".mpg", ".mpeg", ".flv", ".wmv", ".gif")
-# The released code's data files name the files of features that its tools made.
+# The released code's data files name feature files where others name videos.
 FEATURE_SUFFIXES = (".pkl",)
-FAILED = "failed.jsonl"  # in a folder of features
 
 
 @dataclass(frozen=True)
 class DroppedRow:
-    """A row that is not trained on: where it stands, the kind of reason, and the reason."""
+    """A row that is not trained on: its place in the source, the kind of reason, and the reason."""
 
     where: str
     kind: str
@@ -41,7 +41,7 @@ class DroppedRow:
 
 @dataclass
 class DataReport:
-    """What became of the rows: `kept` counts them before files are repeated by their weights."""
+    """What became of the rows. `kept` counts them before `weights` repeat or thin out the sources."""
 
     kept: int = 0
     dropped: list[DroppedRow] = field(default_factory=list)
@@ -52,14 +52,22 @@ class DataReport:
         return f"{self.kept:,} rows kept, {len(self.dropped):,} dropped{named}"
 
     def save(self, file: str | Path) -> None:
-        """Writes it as JSON, with every dropped row."""
+        """Writes the report as JSON, with every dropped row."""
         content = {"kept": self.kept, "dropped": [asdict(row) for row in self.dropped]}
-        Path(file).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        with atomic_write(file) as partial:
+            partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 @dataclass(frozen=True)
 class Chat:
-    """A row that passed: its messages, the names of its features (if any), and its length in tokens."""
+    """A row that is trained on.
+
+    Attributes:
+        where: its place in the source.
+        messages: of `as_messages`.
+        features: `(number of the reader, name of the video)` for each of its videos; empty without features.
+        length: tokens, including those of its videos.
+    """
 
     where: str
     messages: list[dict]
@@ -69,11 +77,12 @@ class Chat:
 
 class VideoChatDataset(Dataset):
     """
-    Chats for `LongVLMDataCollator`. Items have `messages` and `where`; with features also `video_features`.
+    Chats for `LongVLMDataCollator`. Items have `messages` and `where`; with features also `video_features`, a list of
+    one `LongVLMVideoFeatures` per video.
 
     Args:
         chats: the rows.
-        readers: where the features are; a chat names a reader by its number.
+        readers: the folders of features; a chat refers to a reader by its number.
     """
 
     def __init__(self, chats: Sequence[Chat], readers: Sequence[FeatureReader] = ()):
@@ -82,7 +91,7 @@ class VideoChatDataset(Dataset):
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of each chat, the videos' included."""
+        """Tokens of each chat, including those of its videos."""
         return [chat.length for chat in self.chats]
 
     def __len__(self) -> int:
@@ -92,10 +101,7 @@ class VideoChatDataset(Dataset):
         chat = self.chats[index]
         item: dict[str, Any] = {"messages": chat.messages, "where": chat.where}
         if chat.features:
-            stored = [self.readers[reader][name] for reader, name in chat.features]
-            item["video_features"] = [
-                {"local_features": one.local_features, "global_features": one.global_features} for one in stored
-            ]
+            item["video_features"] = [self.readers[reader][name].as_video_features() for reader, name in chat.features]
         return item
 
 
@@ -107,43 +113,52 @@ def build_dataset(
     video_folders: Sequence[str | Path] = (),
     features: Sequence[str | Path | FeatureReader] = (),
     max_length: int | None = None,
-    too_long: str = "drop",
+    truncation: bool = False,
     chat_template: str | None = None,
     video_options: Mapping[str, Any] | None = None,
     seed: int = 0,
-    progress: bool = False,
+    progress: Callable[[str, int, int], None] | None = None,
 ) -> tuple[VideoChatDataset, DataReport]:
     """
+    Reads, checks and encodes all rows.
+
     Args:
-        sources: each a file (`.json`, `.jsonl`, `.parquet`), a folder that `datasets` saved, a Hub id, or rows
-            (a list, a `datasets.Dataset`). For the forms of rows see `longvlm.training.formats`.
+        sources: each a file (`.json`, `.jsonl`, `.parquet`), a folder saved by `datasets`, a Hub id, or rows (a list,
+            a `datasets.Dataset`). For the forms of rows see `longvlm.training.formats`.
         processor: a `LongVLMProcessor`.
-        weights: how often the rows of each source come in an epoch; of 0.5, half of them, chosen once by `seed`.
-        video_folders: where the videos lie; the first that has one counts. A name may lack its suffix.
-        features: folders that `longvlm extract` made; then no video is opened, and all must be in there.
-        max_length, too_long, chat_template: as in `encode_chat`.
-        video_options: of the video processor, in case the collator gets some.
-        seed: of the choice by weights.
-        progress: show a bar.
+        weights: how often the rows of each source occur in an epoch. With 0.5, half of the rows are used: always the
+            same half, chosen by `seed`.
+        video_folders: where the videos are; the first folder that has a video counts. Rows may omit the suffix.
+        features: folders made by `longvlm extract`. No video is opened then, and all must be in these folders.
+        max_length, truncation, chat_template: as in `encode_chat`.
+        video_options: options of the video processor, if the collator gets any.
+        seed: for the choice by weights.
+        progress: called as `progress("check rows", done, total)` after each row of a source whose length is known.
 
     Returns:
-        The dataset, and the report of what was dropped. A row stays in its source's order.
+        The dataset, with the rows in the order of their sources, and the report of what was dropped.
 
     Raises:
-        ValueError: a file cannot be read at all, or nothing is left.
+        ValueError: a source cannot be read at all, or no row is left.
     """
     weights = [1.0] * len(sources) if weights is None else list(weights)
     if len(weights) != len(sources) or any(weight < 0 for weight in weights):
         raise ValueError(
-            f"{len(weights)} weights for {len(sources)} sources, {weights}; one of at least 0 is needed each"
+            f"{len(weights)} weights for {len(sources)} sources ({weights}); give each one weight of at least 0"
         )
-    readers = [one if isinstance(one, FeatureReader) else FeatureReader(one) for one in features]
+    readers = [
+        one if isinstance(one, FeatureReader) else FeatureReader(one, num_global_layers=processor.num_global_tokens)
+        for one in features
+    ]
     finder = _Features(readers, processor) if readers else _Videos(video_folders, processor, video_options)
     report, chosen = DataReport(), []
     rng = random.Random(seed)
     for source, weight in zip(sources, weights, strict=True):
         chats = []
-        for number, (where, row) in enumerate(tqdm(read_rows(source), unit="row", disable=not progress)):
+        rows, total = _open_source(source)
+        for number, (where, row) in enumerate(rows):
+            if progress is not None and number and total:
+                progress("check rows", number, total)
             try:
                 if isinstance(row, BadRow):
                     raise row
@@ -155,20 +170,22 @@ def build_dataset(
                     counts,
                     chat_template=chat_template,
                     max_length=max_length,
-                    too_long=too_long,
+                    truncation=truncation,
                 )
             except BadRow as error:
                 report.dropped.append(DroppedRow(where, error.kind, str(error)))
                 continue
             chats.append(Chat(where, messages, names, len(chat)))
+        if progress is not None and total:
+            progress("check rows", total, total)
         report.kept += len(chats)
-        whole, part = divmod(weight, 1)
-        chosen += chats * int(whole)
-        some = set(rng.sample(range(len(chats)), round(part * len(chats))))
-        chosen += [chat for number, chat in enumerate(chats) if number in some]
+        times, share = divmod(weight, 1)
+        chosen += chats * int(times)
+        sampled = set(rng.sample(range(len(chats)), round(share * len(chats))))
+        chosen += [chat for number, chat in enumerate(chats) if number in sampled]
     if not chosen:
-        first = f"; the first: {report.dropped[0].where}: {report.dropped[0].reason}" if report.dropped else ""
-        raise ValueError(f"no row to train on is left ({report}{first})")
+        first = f"; the first is {report.dropped[0].where}: {report.dropped[0].reason}" if report.dropped else ""
+        raise ValueError(f"no row is left to train on ({report}{first})")
     return VideoChatDataset(chosen, readers), report
 
 
@@ -176,30 +193,36 @@ def build_dataset(
 
 
 def read_rows(source: Any) -> Iterator[tuple[str, Any]]:
-    """Rows of a source in order, each with the place where it stands; `BadRow` for a line that is no JSON.
+    """The rows of a source in order, each with its place in the source; a `BadRow` for a line that is not JSON.
 
     Raises:
         ValueError: the source cannot be read at all.
     """
+    yield from _open_source(source)[0]
+
+
+def _open_source(source: Any) -> tuple[Iterator[tuple[str, Any]], int]:
+    """-> rows as in `read_rows`, and how many there are; 0: not known."""
     if not isinstance(source, (str, Path)):
-        yield from _named("rows", source)
-        return
+        return _named("rows", source), len(source) if isinstance(source, Sized) else 0
     path = Path(source)
     suffix = path.suffix.lower()
     if suffix in (".json", ".jsonl", ".parquet") and not path.is_file():
         raise ValueError(f"{path}: no such file")
     if suffix == ".jsonl":
-        yield from _read_lines(path)
-    elif suffix == ".json":
+        with open(path, "rb") as lines:
+            total = sum(bool(line.strip()) for line in lines)
+        return _read_lines(path), total
+    if suffix == ".json":
         try:
             rows = json.loads(path.read_text(encoding="utf-8"))
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is no JSON: {error}; one object a line needs the name .jsonl") from None
+            raise ValueError(f"{path} is not JSON: {error}; a file of one object per line must be .jsonl") from None
         if not isinstance(rows, list):
             raise ValueError(f"{path} must hold a list of rows, not {type(rows).__name__}")
-        yield from _named(path.name, rows)
     else:
-        yield from _named(path.name, _load_with_datasets(source, path))
+        rows = _load_with_datasets(source, path)
+    return _named(path.name, rows), len(rows)
 
 
 def _named(name: str, rows: Iterable) -> Iterator[tuple[str, Any]]:
@@ -215,10 +238,10 @@ def _read_lines(path: Path) -> Iterator[tuple[str, Any]]:
             try:
                 yield f"{path.name}, line {number}", json.loads(line)
             except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                yield f"{path.name}, line {number}", BadRow("bad line", f"it is no JSON: {error}")
+                yield f"{path.name}, line {number}", BadRow("bad line", f"it is not JSON: {error}")
 
 
-def _load_with_datasets(source: Any, path: Path) -> Iterable:
+def _load_with_datasets(source: Any, path: Path) -> Any:
     try:
         import datasets
     except ImportError:
@@ -231,7 +254,7 @@ def _load_with_datasets(source: Any, path: Path) -> Iterable:
     loaded = datasets.load_from_disk(str(path)) if path.is_dir() else datasets.load_dataset(str(source), split="train")
     if isinstance(loaded, dict):
         if "train" not in loaded:
-            raise ValueError(f"{source} has the splits {', '.join(loaded)} and none called train")
+            raise ValueError(f"{source} has the splits {', '.join(loaded)} but no split train")
         loaded = loaded["train"]
     return loaded
 
@@ -239,21 +262,14 @@ def _load_with_datasets(source: Any, path: Path) -> Iterable:
 # --- finding videos ---
 
 
-class _Counted(Exception):
-    """Carries the number of frames out of the decoder, before it decodes one."""
-
-    def __init__(self, frames: int):
-        self.frames = frames
-
-
 class _Videos:
-    """Finds the file that a row names, and counts the frames that will be taken of it."""
+    """Finds the file that a row names, and counts the frames that will be taken from it."""
 
     def __init__(self, folders: Sequence[str | Path], processor, options: Mapping[str, Any] | None):
         self.folders = [Path(folder) for folder in folders]
         for folder in self.folders:
             if not folder.is_dir():
-                raise ValueError(f"the folder of videos {folder} does not exist")
+                raise ValueError(f"the video folder {folder} does not exist")
         self.processor = processor
         self.options = {
             k: v for k, v in dict(options or {}).items() if k in ("num_frames", "fps", "max_frames", "short_video")
@@ -261,7 +277,7 @@ class _Videos:
         self._known: dict[str, tuple[str, int] | BadRow] = {}
 
     def find(self, messages: list[dict]) -> tuple[list[dict], tuple, list[int]]:
-        """-> the chat with the files' paths, nothing, and the tokens of each video."""
+        """-> the chat with the paths of the files, no names of features, and the tokens of each video."""
         found = [self._find(video) for video in videos_in(messages)]
         videos = iter(video for video, _ in found)
         counts = [self.processor.num_video_tokens(frames) for _, frames in found]
@@ -275,7 +291,7 @@ class _Videos:
     def _find(self, video: Any) -> tuple[Any, int]:
         if not isinstance(video, (str, Path, int)):
             return video, self._count(video)
-        name = str(video)  # names of some datasets are numbers
+        name = str(video)  # some data sets have numbers for names
         if name not in self._known:
             try:
                 path = name if "://" in name else self._locate(name)
@@ -298,36 +314,24 @@ class _Videos:
         raise BadRow("missing video", f'the video "{name}" is not in {where}')
 
     def _count(self, video: Any) -> int:
-        def choose(metadata):
-            raise _Counted(len(self.processor.video_processor.sample_frames(metadata, **self.options)))
-
         if not isinstance(video, (str, Path, bytes)) and not hasattr(video, "read"):
             shape = getattr(video, "shape", None)
             if shape is None and not isinstance(video, (list, tuple)):
-                wanted = "a file, its bytes, an array or a list of frames"
-                raise BadRow("broken video", f"a {type(video).__name__} is no video; give {wanted}")
-            total = shape[0] if shape is not None else len(video)
-            return len(self.processor.video_processor.sample_frames({"total_num_frames": total}, **self.options))
-        try:
-            decode_video(video, choose)
-        except _Counted as counted:
-            return counted.frames
-        except (ValueError, OSError) as error:
-            raise BadRow("broken video", " ".join(str(error).split())) from None
-        raise BadRow("broken video", "it has no frames")
-
-
-def read_failed(folder: str | Path) -> dict[str, str]:
-    """Name -> reason of the videos in the folder's `failed.jsonl`, if it has one."""
-    file = Path(folder) / FAILED
-    if not file.exists():
-        return {}
-    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    return {one["video"]: one["reason"] for one in lines}
+                raise BadRow(
+                    "broken video",
+                    f"a {type(video).__name__} is not a video; give a file, its bytes, an array or a list of frames",
+                )
+            metadata: Mapping = {"total_num_frames": shape[0] if shape is not None else len(video)}
+        else:
+            try:
+                metadata = probe_video(video)
+            except (ValueError, OSError) as error:
+                raise BadRow("broken video", " ".join(str(error).split())) from None
+        return len(self.processor.video_processor.sample_frames(metadata, **self.options))
 
 
 class _Features:
-    """Finds the features of the video that a row names."""
+    """Finds the features of a video that a row names."""
 
     def __init__(self, readers: Sequence[FeatureReader], processor):
         self.readers = readers
@@ -336,36 +340,28 @@ class _Features:
         self.folders = {Path(name).parent.as_posix() for reader in readers for name in reader}
 
     def find(self, messages: list[dict]) -> tuple[list[dict], tuple, list[int]]:
-        """-> the chat with bare places, the names of its features, and the tokens of each video."""
+        """-> the chat with empty places for its videos, the names of their features, and the tokens of each."""
         names = tuple(self._find(video) for video in videos_in(messages))
-        counts = [self.readers[i].num_local_tokens(name) + self.processor.num_global_tokens for i, name in names]
+        counts = [self.processor.total_video_tokens(self.readers[i].num_local_tokens(name)) for i, name in names]
         return without_videos(messages), names, counts
 
     def _find(self, video: Any) -> tuple[int, str]:
         if not isinstance(video, (str, Path, int)):
-            raise BadRow("missing video", f"features are found by name, and the row has a {type(video).__name__}")
+            raise BadRow("missing video", f"features are found by name, but the row has a {type(video).__name__}")
         name = Path(str(video))
-        # Features have names from the folder of all videos on, which the row may name as well, with what is above it.
+        # Features are named by the path below the folder that was extracted; the row may name folders above it, too.
         for start in range(len(name.parts)):
             rest = Path(*name.parts[start:])
-            for wanted in (rest.as_posix(), (rest.with_suffix("") if rest.suffix else rest).as_posix()):
+            for below in (rest.as_posix(), (rest.with_suffix("") if rest.suffix else rest).as_posix()):
                 for number, reader in enumerate(self.readers):
-                    if wanted in reader:
-                        return number, wanted
-                if wanted in self.failed:
-                    raise BadRow("missing video", f'the video "{name}" could not be extracted: {self.failed[wanted]}')
+                    if below in reader:
+                        return number, below
+                if below in self.failed:
+                    raise BadRow("missing video", f'the video "{name}" could not be extracted: {self.failed[below]}')
             if rest.parent.as_posix() in self.folders:
                 break  # else `more/v` would be taken for `v`
         folders = " or ".join(str(reader.folder) for reader in self.readers)
         raise BadRow("missing video", f'there are no features of the video "{name}" in {folders}')
 
 
-__all__ = [
-    "VIDEO_SUFFIXES",
-    "DataReport",
-    "DroppedRow",
-    "VideoChatDataset",
-    "build_dataset",
-    "read_failed",
-    "read_rows",
-]
+__all__ = ["Chat", "DataReport", "DroppedRow", "VideoChatDataset", "build_dataset", "read_rows"]

@@ -1,8 +1,8 @@
-"""Rows of training data, in any of the known forms, become chats: `{"messages": [{"role", "content"}]}`.
+"""Rows of training data, in any of the known forms, become chats: `[{"role", "content"}, ...]`.
 
-Known forms: TRL's `messages`; LLaVA's `conversations` with `<video>` in what the human says; VideoInstruct-100K's
-`video_id, q, a`; `video, question, answer`. In a chat a video is a part `{"type": "video", "video": ...}`: the
-processor takes strings as text, so a `<video>` mark left in one would be read aloud, not looked at.
+Known forms: TRL's `messages`; LLaVA's `conversations` with `<video>` in the human's turns; VideoInstruct-100K's
+`video_id, q, a`; `video, question, answer`. In a chat, a video is a part `{"type": "video", "video": ...}`: a mark
+left in a string would be read as text, since the processor does not look for marks in what people wrote.
 """
 
 import re
@@ -22,7 +22,7 @@ VIDEO_KEYS = ("video", "videos", "video_id", "video_name", "video_path")
 
 
 class BadRow(ValueError):
-    """A row that cannot be trained on: `kind` counts, the message tells."""
+    """A row that cannot be trained on: `kind` is what reports count, the message is the reason."""
 
     def __init__(self, kind: str, detail: str):
         super().__init__(detail)
@@ -35,15 +35,15 @@ def as_messages(row: Any, number: int = 0) -> list[dict]:
 
     Args:
         row: a mapping in one of the known forms.
-        number: of the row in its file, from 0. VideoInstruct rows ask before the video if it is even, else after it
-            (as the released code has it).
+        number: the row's number in its file, from 0. VideoInstruct rows have the question before the video if it is
+            even and after it otherwise, as in the released code.
 
     Returns:
-        Messages. What a user says that holds videos is a list of parts, all else a string. Assistants that speak
-        before anybody asked are left out, as in the released code.
+        Messages. The content of a user's turn with videos is a list of parts, any other content a string. Assistant
+        turns before the first user turn are left out, as in the released code.
 
     Raises:
-        BadRow: the row has no known form, no answer, or other numbers of videos and of places for them.
+        BadRow: the row has no known form or no answer, or not as many videos as places for them.
     """
     if not isinstance(row, Mapping):
         raise BadRow("unknown form", f"a row must be a mapping, not {type(row).__name__}")
@@ -63,22 +63,22 @@ def as_messages(row: Any, number: int = 0) -> list[dict]:
     else:
         raise BadRow(
             "unknown form",
-            f"none of messages, conversations, q + a, question + answer is among its keys: {', '.join(map(str, row))}",
+            f"it has neither messages, conversations, q + a nor question + answer, only {', '.join(map(str, row))}",
         )
     first = next((i for i, message in enumerate(messages) if message["role"] != "assistant"), len(messages))
     messages = _place_videos(messages[first:], given, marks_count="conversations" in row)
     if not any(message["role"] == "assistant" and message["content"].strip() for message in messages):
-        raise BadRow("no answer", "no assistant says anything")
+        raise BadRow("no answer", "the assistant says nothing")
     return messages
 
 
 def videos_in(messages: list[dict]) -> list[Any]:
-    """The videos of a chat, in the order of their places; `None` for a place without one."""
+    """The videos of a chat in the order of their places; `None` for an empty place."""
     return [part.get("video") for part in _video_parts(messages)]
 
 
 def without_videos(messages: list[dict]) -> list[dict]:
-    """The chat with bare places, for a processor that gets pixels or features in another way."""
+    """The chat with empty places, for a processor that gets pixels or features separately."""
     return [
         message
         if isinstance(message["content"], str)
@@ -106,11 +106,11 @@ def _two_turns(question: str, answer: str) -> list[dict]:
 
 
 def _videos_of(row: Mapping) -> list[Any]:
-    """Videos that stand beside the text of a row."""
+    """Videos given next to the text of a row."""
     value = next((row[key] for key in VIDEO_KEYS if row.get(key) not in (None, "", [])), None)
     if value is None:
         return []
-    # A list of pictures is one video only inside a list of videos.
+    # A list of pictures is one video only within a list of videos.
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
@@ -131,7 +131,7 @@ def _read_message(turn: Any, role_key: str, content_key: str) -> dict:
         raise BadRow("unknown form", f'a turn must have "{role_key}" and "{content_key}", not {turn!r:.60}')
     role = ROLES.get(turn[role_key]) if isinstance(turn[role_key], str) else None
     if role is None:
-        raise BadRow("unknown role", f'"{role_key}" is {turn[role_key]!r}; known are {", ".join(ROLES)}')
+        raise BadRow("unknown role", f'"{role_key}" is {turn[role_key]!r}; use one of {", ".join(ROLES)}')
     content = turn.get(content_key)
     if content is None:
         content = ""
@@ -139,7 +139,7 @@ def _read_message(turn: Any, role_key: str, content_key: str) -> dict:
         parts = [_read_part(part) for part in content]
         if role != "user" or not any(map(_is_video, parts)):
             if any(map(_is_video, parts)):
-                raise BadRow("misplaced video", f"a video stands in what the {role} says")
+                raise BadRow("misplaced video", f"a turn of the {role} has a video; only the user can show videos")
             return {"role": role, "content": "".join(part["text"] for part in parts)}
         return {"role": role, "content": parts}
     return {"role": role, "content": _text(content, content_key)}
@@ -154,12 +154,12 @@ def _read_part(part: Any) -> dict:
     if kind == "video":
         value = next((part[key] for key in ("video", "path", "url") if part.get(key) is not None), None)
         return {"type": "video"} if value is None else {"type": "video", "video": value}
-    raise BadRow("unknown form", f'a part has the type {kind!r}; known are "text" and "video"')
+    raise BadRow("unknown form", f'a part has the type {kind!r}; use "text" or "video"')
 
 
 def _place_videos(messages: list[dict], given: list[Any], *, marks_count: bool) -> list[dict]:
-    """Marks become parts, and the videos that stand beside the text go to their places, in order."""
-    # Without videos beside it, `<video>` in TRL's messages is only something that a person wrote.
+    """Marks become parts, and the videos given next to the text go to their places, in order."""
+    # Without videos next to it, `<video>` in TRL's messages is just something that a person wrote.
     if given or marks_count:
         messages = [
             {**message, "content": _split_at_marks(message["content"])}
@@ -169,22 +169,23 @@ def _place_videos(messages: list[dict], given: list[Any], *, marks_count: bool) 
         ]
     empty = [part for part in _video_parts(messages) if "video" not in part]
     if len(empty) != len(given):
-        raise BadRow(
-            "videos and places differ", f"it has {len(empty)} place(s) for a video and names {len(given)} video(s)"
-        )
+        raise BadRow("videos and places differ", f"it has {len(empty)} place(s) for videos and {len(given)} video(s)")
     for part, video in zip(empty, given, strict=True):
         part["video"] = video
     return messages
 
 
 def _split_at_marks(text: str) -> str | list[dict]:
-    """The line feed between text and video is the processor's to write, as it is for everybody who asks."""
+    """`<video>` marks become parts. The processor writes the line feed between text and video, as for questions."""
     if VIDEO_MARK not in text:
         return text
     parts: list[dict] = []
-    for piece in re.split(f"({VIDEO_MARK})", text):
-        if piece == VIDEO_MARK:
+    for content in re.split(f"({VIDEO_MARK})", text):
+        if content == VIDEO_MARK:
             parts.append({"type": "video"})
-        elif piece.strip():
-            parts.append({"type": "text", "text": piece.strip()})
+        elif content.strip():
+            parts.append({"type": "text", "text": content.strip()})
     return parts
+
+
+__all__ = ["BadRow", "as_messages", "videos_in", "without_videos"]

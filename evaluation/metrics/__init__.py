@@ -1,1 +1,1 @@
-"""Metrics for `evaluate.load`: each lies in a folder of its own name and can be imported, too."""
+"""Metrics for `evaluate.load`, each in a folder of its own name."""

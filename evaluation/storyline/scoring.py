@@ -16,7 +16,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from longvlm.evaluation.metrics.short_answer.short_answer import LongVLMQA
+from longvlm.evaluation.answers import score_answers
 from longvlm.files import atomic_write
 
 from .dataset import VERSION
@@ -80,11 +80,11 @@ def answer_stories(
 
 
 def score(engine, split: str = "test", num_stories: int = 500, **options) -> dict[str, Any]:
-    """The scores of `answer_stories` (see the metric `short_answer`), and under `"run"` the settings."""
+    """The scores of `answer_stories` (see `score_answers`), and under `"run"` the settings."""
     start = time.perf_counter()
     answered = list(answer_stories(engine, split, num_stories, **options))
     questions, answers = [question for question, _ in answered], [answer for _, answer in answered]
-    result = LongVLMQA().compute(
+    result = score_answers(
         predictions=answers,
         references=[question.answer for question in questions],
         kinds=[question.kind for question in questions],
@@ -123,7 +123,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write all scores to this file")
     options = parser.parse_args()
     engine = load(options.model, device=options.device)
-    with show_progress(f"Storyline {options.split}, {options.frames} frames") as progress:
+    with _show_progress(f"Storyline {options.split}, {options.frames} frames") as progress:
         result = score(
             engine, options.split, options.stories, first=options.first, num_frames=options.frames,
             per_kind=options.per_kind, video=options.video, progress=progress,
@@ -135,7 +135,7 @@ def main() -> None:
 
 
 @contextmanager
-def show_progress(name: str) -> Iterator[Callable[[str, int, int], None]]:
+def _show_progress(name: str) -> Iterator[Callable[[str, int, int], None]]:
     """Gives a `progress` that draws a bar on stderr."""
     with tqdm(desc=name, unit="video") as bar:
 

@@ -13,6 +13,7 @@ from longvlm_cli.options import (
     Model,
     ModelDtype,
     NumFrames,
+    Progress,
     Quiet,
     load_engine,
     video_options,
@@ -46,7 +47,7 @@ def extract_command(
         processor=engine.processor,
         video_options=options,
         shard_bytes=shard_size * 10**6,
-        progress=not quiet,
+        progress=Progress(unit="video", disable=quiet),
     )
     if state.is_main_process:
         print(report, file=sys.stderr)

@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from longvlm_cli.options import Progress
+
 
 def train_command(
     context: typer.Context,
@@ -15,4 +17,4 @@ def train_command(
         raise ValueError(f"{config}: no such file")
     from longvlm.training.train import main
 
-    main([str(config), *context.args])
+    main([str(config), *context.args], progress=Progress(unit="row"))

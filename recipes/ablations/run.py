@@ -89,7 +89,7 @@ class _Stored:
 def lessons_of(variant: Variant, folder: Path, split: str, processor, per_kind: int):
     """Number of frames -> lessons."""
     reader = FeatureReader(folder / split / variant.name)
-    stored = {name: _Stored(variant, reader[name].local_features, reader[name].memory) for name in reader}
+    stored = {name: _Stored(variant, reader[name].local_features, reader[name].all_global_features) for name in reader}
     return load_lessons(stored, processor, split=split, frames_per_segment=variant.k, per_kind=per_kind)
 
 

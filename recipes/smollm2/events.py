@@ -47,18 +47,19 @@ def tell_events(engine, num_stories: int, num_frames: int, *, swapped: bool = Fa
         chosen = [seen[number % len(seen)] for number in range(len(windows))]
         conversations = []
         for start, end in chosen:
-            event = LongVLMVideoFeatures(
+            clip = LongVLMVideoFeatures(
                 local_features=(whole.local_features[0][start * m : end * m],), global_features=whole.global_features
             )
-            content = [{"type": "video", "video": event}, {"type": "text", "text": TELL}]
+            content = [{"type": "video", "video": clip}, {"type": "text", "text": TELL}]
             conversations.append([{"role": "user", "content": content}])
         answers = engine.generate(conversations, max_new_tokens=16, do_sample=False)
         for (start, end), answer in zip(windows, answers, strict=True):
             piece = piece_of(story, num_frames, start * k, end * k)
             (event,) = piece.events
             truth = (piece.scene_at(piece.duration / 2).kind, event.colour, event.shape, DOES[event.action])
-            scene, _, told = answer.strip().partition(": ")
-            hits = [said == name for said, name in zip((scene, *told.split(" ", 2), "", "", ""), truth, strict=False)]
+            scene, _, description = answer.strip().partition(": ")
+            words = (scene, *description.split(" ", 2), "", "", "")
+            hits = [word == name for word, name in zip(words, truth, strict=False)]
             for name, hit in zip(right, (*hits, all(hits)), strict=True):
                 right[name].append(hit)
     return {"count": len(right["all"]), **{name: sum(hits) / len(hits) for name, hits in right.items()}}

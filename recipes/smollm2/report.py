@@ -1,4 +1,4 @@
-"""The page about SmolLM2 on Storyline, from what `examples/smollm2_storyline.py` measured."""
+"""The page about SmolLM2 on Storyline, from what `recipes/smollm2/run.py` measured."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -50,7 +50,7 @@ right, in percent:
 ## How well it answers
 
 {test_stories} stories of the test split, {count} questions, each asked alone; answers written freely by `generate()`,
-read by `evaluation/metrics/longvlm_qa`. Accuracy in percent; over all with a 95 % bootstrap interval.
+read by `evaluation/metrics/short_answer`. Accuracy in percent; over all with a 95 % bootstrap interval.
 
 {table}
 

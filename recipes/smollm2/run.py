@@ -3,22 +3,22 @@
     python -m recipes.smollm2.run --out .cache/smollm2 --report docs/smollm2.md
 
 SmolLM2-135M-Instruct and the encoder of longvlm-tiny are assembled, Storyline's train stories are encoded once, the
-projector is trained, then LoRA adapters with it; each question about stories of the test split is asked alone. Every
-stage keeps what it made in `--out`: the same command goes on where it was stopped, in training at the last checkpoint.
+projector is trained, then LoRA adapters together with it; questions about stories of the test split are asked one at a
+time. Every stage keeps its results in `--out`: the same command resumes an interrupted run, in training at the last
+checkpoint.
 
 A whole story is 150 tokens of video for an answer of two or three: too little to learn seeing from. So the projector
-learns to tell single events ("stripes: red star moves left"), cut out of the stories' features; then LoRA learns from
-pieces of up to three events to tell and to answer; only then from questions about whole stories. (Whole stories alone
-were tried: 160 steps that told them and 120 that answered, 8 rows a step, ended at chance.)
+learns to describe single events ("stripes: red star moves left"), cut out of the stories' features; then LoRA learns
+from pieces of up to three events to describe and to answer; only then from questions about whole stories. (Whole
+stories alone were tried: 160 steps of description and 120 of answers, 8 rows per step, ended at chance.)
 """
 
 import argparse
 import json
-import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from random import Random
@@ -34,20 +34,24 @@ from longvlm.conversion.assemble import assemble
 from longvlm.evaluation.storyline import KINDS, Story, chance_levels, make_questions, make_story, story_seed
 from longvlm.evaluation.storyline.blind import questions_of
 from longvlm.evaluation.storyline.questions import DOES
-from longvlm.evaluation.storyline.scoring import score, show_progress
+from longvlm.evaluation.storyline.scoring import score
 from longvlm.features.extract import extract_features
 from longvlm.features.store import FeatureReader, FeatureWriter
-from longvlm.training.train import parse_arguments, train
+from longvlm.files import atomic_write
+from longvlm.training.arguments import parse_arguments
+from longvlm.training.train import train
 from longvlm.training.trainer import last_whole_checkpoint
 from longvlm.training.tuning import PROJECTOR_FILE
+from recipes.progress import ProgressBar
 from recipes.smollm2.events import TELL, tell_events
+from recipes.smollm2.language_model import smollm2_gguf
 from recipes.smollm2.report import page
 from recipes.tiny.pieces import piece_of, windows_of
 from recipes.tiny.recipe import MEAN, METHOD, STD
 from recipes.tiny.story_features import StoryVideos, video_name
-from tests.helpers.real_data import RealDataUnavailable, smollm2_gguf
+from recipes.wheel_data import DataUnavailable
 
-# SmolLM2's own turns without the system text that it would add: that would cost 20 tokens of each question.
+# SmolLM2's own turns, without its system text, which would cost 20 tokens per question.
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
     {{- '<|im_start|>' + message.role + '\n' -}}
@@ -65,10 +69,10 @@ TRAININGS: dict[str, dict[str, str]] = {
     "lora-pieces": {"train": "lora", "rows": "pieces", "model": "model", "init_projector": "projector"},
     "lora-stories": {"train": "lora", "rows": "stories", "model": "lora-pieces"},
 }
-# How many times as many rows of a kind as of whole stories a step takes: they are shorter.
-ROWS_A_STEP = {"events": 2, "pieces": 2, "stories": 1}
+# Rows per step, as a multiple of those of whole stories: events and pieces are shorter.
+ROWS_PER_STEP = {"events": 2, "pieces": 2, "stories": 1}
 MOST_EVENTS = {"events": 1, "pieces": 3}
-QUESTIONS_A_PIECE = 3
+QUESTIONS_PER_PIECE = 3
 FRAMES_PER_SEGMENT = METHOD["frames_per_segment"]
 EVENTS: dict[str, tuple[str, bool]] = {  # name -> checkpoint, whether another story's events are shown
     "projector": ("projector", False),
@@ -85,10 +89,10 @@ SCORES: dict[str, tuple[str, str]] = {  # name -> checkpoint, video
 
 
 class Stages:
-    """What is done stands in `results.json`; a stage that stands there is not done again.
+    """Finished stages and their results, in `results.json`. A stage that is in there is not run again.
 
     Raises:
-        ValueError: the folder holds results of other options.
+        ValueError: the folder holds the results of other options.
     """
 
     def __init__(self, out: Path, options: Mapping[str, Any]):
@@ -105,23 +109,22 @@ class Stages:
                     )
 
     def do(self, group: str, name: str, make: Callable[[], Mapping[str, Any]]) -> None:
-        """Runs `make` and keeps what it returns, and the seconds that it took, under `results[group][name]`."""
+        """Runs `make` and keeps its result, and the seconds it took, under `results[group][name]`."""
         if name in self.results.setdefault(group, {}):
             print(f"{name}: done before", flush=True)
             return
         print(f"{name} ...", flush=True)
         start = time.perf_counter()
-        told = make()
-        self.results[group][name] = {**told, "seconds": round(time.perf_counter() - start, 1)}
+        result = make()
+        self.results[group][name] = {**result, "seconds": round(time.perf_counter() - start, 1)}
         self.save()
 
     def save(self) -> None:
-        unfinished = self.file.with_suffix(".partial")
-        unfinished.write_text(json.dumps(self.results, indent=1) + "\n", encoding="utf-8")
-        os.replace(unfinished, self.file)
+        with atomic_write(self.file) as partial:
+            partial.write_text(json.dumps(self.results, indent=1) + "\n", encoding="utf-8")
 
 
-# --- the stages; each returns what is worth knowing ---
+# --- the stages; each returns what goes into the results ---
 
 
 def put_together(out: Path, vision: Path, language: Path, num_frames: int) -> dict[str, Any]:
@@ -131,10 +134,10 @@ def put_together(out: Path, vision: Path, language: Path, num_frames: int) -> di
         whole = AutoModelForImageTextToText.from_pretrained(vision, dtype="auto")
         prepared = AutoProcessor.from_pretrained(vision).video_processor
         method = {name: getattr(whole.config, name) for name in METHOD}
-        for name in ("frames_per_segment", "tokens_per_segment"):  # by which pieces are cut out
+        for name in ("frames_per_segment", "tokens_per_segment"):  # which decide how pieces are cut out
             if method[name] != METHOD[name]:
                 raise ValueError(
-                    f"{vision} has {name}={method[name]}; give one with {METHOD[name]}, as longvlm-tiny has"
+                    f"{vision} has {name}={method[name]}; give an encoder with {METHOD[name]}, as in longvlm-tiny"
                 )
         mean, std = prepared.image_mean, prepared.image_std
         vision = out / "encoder"
@@ -156,7 +159,7 @@ def put_together(out: Path, vision: Path, language: Path, num_frames: int) -> di
 
 
 def pieces_of(story: Story, num_frames: int) -> list[tuple[str, tuple[int, int]]]:
-    """Kind of row, and the frames of the story that it is about; from gap to gap, in whole segments."""
+    """The kind of row, and the frames of the story that it is about: from gap to gap, in whole segments."""
     return [
         (name, (start * FRAMES_PER_SEGMENT, end * FRAMES_PER_SEGMENT))
         for name, most in MOST_EVENTS.items()
@@ -165,8 +168,9 @@ def pieces_of(story: Story, num_frames: int) -> list[tuple[str, tuple[int, int]]
 
 
 def write_rows(out: Path, num_stories: int, num_frames: int) -> dict[str, Any]:
-    """`events.jsonl`, `pieces.jsonl`, `stories.jsonl`; a question a row: others would tell what exists."""
-    rows: dict[str, list[dict]] = {name: [] for name in ROWS_A_STEP}
+    """Writes `events.jsonl`, `pieces.jsonl` and `stories.jsonl`, one question per row: several would give
+    away what is in the video."""
+    rows: dict[str, list[dict]] = {name: [] for name in ROWS_PER_STEP}
     for index in range(num_stories):
         story, whole = make_story(story_seed("train", index)), video_name("train", index, num_frames)
         rows["stories"] += [row(whole, one.question, one.answer) for one in make_questions(story)]
@@ -175,15 +179,20 @@ def write_rows(out: Path, num_stories: int, num_frames: int) -> dict[str, Any]:
                 piece_of(story, num_frames, first, end),
                 video_name("train", index, num_frames, (first, end)),
             )
-            told = ", ".join(f"{event.object} {DOES[event.action]}" for event in piece.events)
-            rows[name].append(row(video, TELL, f"{piece.scene_at(piece.duration / 2).kind}: {told}"))
+            events = ", ".join(f"{event.object} {DOES[event.action]}" for event in piece.events)
+            rows[name].append(row(video, TELL, f"{piece.scene_at(piece.duration / 2).kind}: {events}"))
             if name == "pieces":
-                asked = make_questions(piece, kinds=[kind for kind in KINDS if kind != "scene"])
-                some = Random(f"{index} {first}").sample(asked, min(QUESTIONS_A_PIECE, len(asked)))
-                rows[name] += [row(video, one.question, one.answer) for one in some]
+                questions = make_questions(piece, kinds=[kind for kind in KINDS if kind != "scene"])
+                questions = Random(f"{index} {first}").sample(questions, min(QUESTIONS_PER_PIECE, len(questions)))
+                rows[name] += [row(video, one.question, one.answer) for one in questions]
     for name, content in rows.items():
-        (out / f"{name}.jsonl").write_text("".join(json.dumps(one) + "\n" for one in content), encoding="utf-8")
+        write_text(out / f"{name}.jsonl", (json.dumps(one) + "\n" for one in content))
     return {name: len(content) for name, content in rows.items()}
+
+
+def write_text(file: Path, lines: Iterable[str]) -> None:
+    with atomic_write(file) as partial:
+        partial.write_text("".join(lines), encoding="utf-8")
 
 
 def row(video: str, question: str, answer: str) -> dict[str, Any]:
@@ -192,15 +201,20 @@ def row(video: str, question: str, answer: str) -> dict[str, Any]:
 
 
 def encode(out: Path, num_stories: int, num_frames: int) -> dict[str, Any]:
-    """Features of the stories, and of their pieces: segments do not know of each other, so those are cut out.
+    """Extracts the features of the stories. Those of their pieces are cut out, since segments are independent.
 
-    The global tokens of a piece are the whole story's.
+    The global features of a piece are those of the whole story.
     """
     engine = longvlm.load(out / "model", dtype=torch.bfloat16)
     videos = StoryVideos("train", range(num_stories), num_frames)
     options = {"do_sample_frames": False}
     report = extract_features(
-        videos, out / "features", model=engine.model, processor=engine.processor, video_options=options, progress=True
+        videos,
+        out / "features",
+        model=engine.model,
+        processor=engine.processor,
+        video_options=options,
+        progress=ProgressBar("video"),
     )
     whole, tokens = FeatureReader(out / "features"), METHOD["tokens_per_segment"]
     with FeatureWriter(out / "pieces", num_global_layers=whole.num_global_layers, metadata=whole.metadata) as writer:
@@ -210,13 +224,13 @@ def encode(out: Path, num_stories: int, num_frames: int) -> dict[str, Any]:
                 name = video_name("train", index, num_frames, (first, end))
                 start, stop = (frame // FRAMES_PER_SEGMENT * tokens for frame in (first, end))
                 if name not in writer:
-                    writer.add(name, features.local_features[start:stop], features.memory)
+                    writer.add(name, features.local_features[start:stop], features.all_global_features)
         pieces = len(writer)
     return {"stories": num_stories, "pieces": pieces, "report": str(report)}
 
 
 def fine_tune(out: Path, name: str, *, steps: int, rate: float, options: argparse.Namespace) -> dict[str, Any]:
-    """One training into `out/name`, from `out/name.yaml`, with which `longvlm train` does the same."""
+    """One training into `out/name`, with the options in `out/name.yaml`; `longvlm train` does the same with them."""
     plan = TRAININGS[name]
     config = {
         "model": str(out / plan["model"]),
@@ -230,7 +244,7 @@ def fine_tune(out: Path, name: str, *, steps: int, rate: float, options: argpars
         "lr_scheduler_type": "cosine",
         "warmup_steps": 0.05,
         "train_sampling_strategy": "group_by_length",
-        "per_device_train_batch_size": options.batch_size * ROWS_A_STEP[plan["rows"]],
+        "per_device_train_batch_size": options.batch_size * ROWS_PER_STEP[plan["rows"]],
         "bf16": True,
         "seed": options.seed,
         "logging_steps": options.logging_steps,
@@ -244,7 +258,7 @@ def fine_tune(out: Path, name: str, *, steps: int, rate: float, options: argpars
     if "init_projector" in plan:
         config["init_projector"] = str(out / plan["init_projector"] / PROJECTOR_FILE)
     file = out / f"{name}.yaml"
-    file.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+    write_text(file, yaml.safe_dump(config, sort_keys=False))
     checkpoint = last_whole_checkpoint(out / name)
     before = int(checkpoint.rsplit("-", 1)[1]) if checkpoint else 0
     trainer = train(*parse_arguments([str(file)]))
@@ -263,7 +277,7 @@ def fine_tune(out: Path, name: str, *, steps: int, rate: float, options: argpars
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """All stages; returns what stands in `results.json`."""
+    """Runs all stages; returns the content of `results.json`."""
     out = options.out
     vision = options.vision or longvlm.tiny_checkpoint()
     asked = {name: value for name, value in vars(options).items() if name not in ("out", "report", "vision")}
@@ -296,13 +310,12 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         stages.do("events", name, tell)
     for name, (checkpoint, video) in SCORES.items():
 
-        def ask(name: str = name, checkpoint: str = checkpoint, video: str = video) -> dict[str, Any]:
+        def ask(checkpoint: str = checkpoint, video: str = video) -> dict[str, Any]:
             engine = longvlm.load(out / checkpoint, dtype=torch.bfloat16)
-            with show_progress(name) as progress:
-                return score(
-                    engine, "test", options.test_stories, num_frames=options.frames, video=video,
-                    max_new_tokens=16, progress=progress,
-                )  # fmt: skip
+            return score(
+                engine, "test", options.test_stories, num_frames=options.frames, video=video,
+                max_new_tokens=16, progress=ProgressBar("video"),
+            )  # fmt: skip
 
         stages.do("scores", name, ask)
     stages.save()
@@ -311,16 +324,16 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description="SmolLM2-135M-Instruct learns to answer Storyline's questions.")
-    made.add_argument("--out", type=Path, required=True, help="folder for what the stages make")
+    made.add_argument("--out", type=Path, required=True, help="folder for the results of all stages")
     made.add_argument("--report", type=Path, help="write the numbers as a page of Markdown here")
-    made.add_argument("--vision", type=Path, help="vision encoder, or a LongVLM whose own is taken (longvlm-tiny)")
-    made.add_argument("--stories", type=int, default=800, help="of split train")
-    made.add_argument("--test-stories", type=int, default=40, help="of split test, one question of each kind")
-    made.add_argument("--frames", type=int, default=100, help="of each video")
-    made.add_argument("--projector-steps", type=int, default=150, help="the projector alone, on single events")
+    made.add_argument("--vision", type=Path, help="vision encoder, or a LongVLM that has one (default: longvlm-tiny)")
+    made.add_argument("--stories", type=int, default=800, help="stories of split train")
+    made.add_argument("--test-stories", type=int, default=40, help="stories of split test, one question of each kind")
+    made.add_argument("--frames", type=int, default=100, help="number of frames per video")
+    made.add_argument("--projector-steps", type=int, default=150, help="projector alone, on single events")
     made.add_argument("--piece-steps", type=int, default=160, help="LoRA and projector, on pieces of few events")
     made.add_argument("--story-steps", type=int, default=120, help="LoRA and projector, on whole stories")
-    made.add_argument("--batch-size", type=int, default=8, help="whole stories of a step; pieces are twice as many")
+    made.add_argument("--batch-size", type=int, default=8, help="whole stories per step; twice as many pieces")
     made.add_argument("--projector-rate", type=float, default=2e-3, help="learning rate")
     made.add_argument("--lora-rate", type=float, default=1e-3, help="learning rate")
     made.add_argument("--lora-r", type=int, default=16, help="rank of the adapters")
@@ -334,11 +347,11 @@ def main(arguments: list[str] | None = None) -> None:
     logging.set_verbosity_error()
     try:
         results = run(options)
-    except (ValueError, OSError, RealDataUnavailable) as error:
-        sys.exit(f"smollm2_storyline: {error}")
+    except (ValueError, OSError, DataUnavailable) as error:
+        sys.exit(f"smollm2: {error}")
     text = page(results)
     if options.report:
-        options.report.write_text(text, encoding="utf-8")
+        write_text(options.report, text)
     print(text)
 
 

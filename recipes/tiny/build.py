@@ -22,9 +22,10 @@ import torch
 from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
 import longvlm
-from longvlm.evaluation.storyline.scoring import score, show_progress
+from longvlm.evaluation.storyline.scoring import score
 from longvlm.files import output_folder
 from longvlm.modeling_longvlm.remote_code import remove_code
+from recipes.progress import ProgressBar
 from recipes.tiny.card import card_text
 from recipes.tiny.language import LanguageWithHeads, is_trained, train_language
 from recipes.tiny.lessons import Plan, load_lessons, window_group
@@ -171,8 +172,7 @@ def measure(checkpoint: Path, file: Path, scores) -> dict:
     if missing := [name for name in scores if name not in known]:
         engine = longvlm.load(checkpoint)
         for name in missing:
-            with show_progress(name) as progress:
-                known[name] = score(engine, "test", progress=progress, **scores[name])
+            known[name] = score(engine, "test", progress=ProgressBar("video"), **scores[name])
     results = {name: known[name] for name in scores}
     file.write_text(json.dumps({"weights": weights, "results": results}, indent=1) + "\n", encoding="utf-8")
     return results

@@ -1,6 +1,7 @@
 """What longvlm-tiny is made of: its tokenizer, its prompt, its processor and its untrained language model."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -74,7 +75,7 @@ def gentle_schedule(tokens: int, tokens_left: int) -> list[int]:
 # Fields of `LongVLMConfig`: 100 frames are 50 segments of 3 tokens, and E = 2 global ones. What an object does is seen
 # between segments, for all its patches in a segment become one token: so segments are short.
 K, M = 2, 3
-METHOD = {
+METHOD: dict[str, Any] = {
     "frames_per_segment": K,
     "tokens_per_segment": M,
     "num_global_layers": 2,

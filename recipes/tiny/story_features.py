@@ -8,6 +8,7 @@ import torch
 from longvlm.evaluation.storyline import Story, frames_at, make_story, middle_times, story_seed
 from longvlm.features.extract import extract_features
 from longvlm.features.store import FeatureReader
+from recipes.progress import ProgressBar
 from recipes.tiny.pieces import piece_of
 from recipes.tiny.vision import FRAME_SIZE
 
@@ -54,7 +55,12 @@ def encode_stories(model, processor, folder: Path, videos: StoryVideos) -> Featu
     model.model.vision_tower.to(torch.bfloat16)
     try:
         extract_features(
-            videos, folder, model=model, processor=processor, progress=True, video_options={"do_sample_frames": False}
+            videos,
+            folder,
+            model=model,
+            processor=processor,
+            progress=ProgressBar("video"),
+            video_options={"do_sample_frames": False},
         )
     finally:
         model.model.vision_tower.to(dtype)

@@ -321,7 +321,7 @@ class TestOutputFolder:
         out = tmp_path / "out"
         out.mkdir()
         (out / "precious.txt").write_text("keep")
-        with pytest.raises(ValueError, match="--overwrite"):
+        with pytest.raises(ValueError, match="`overwrite`"):
             assemble(*parts, out, **METHOD)
         assert [file.name for file in out.iterdir()] == ["precious.txt"]
         assemble(*parts, out, overwrite=True, **METHOD)

@@ -28,7 +28,6 @@ from longvlm.conversion.original_features import (
     load_float_array,
     read_feature_file,
 )
-from longvlm.features import store
 from longvlm.features.store import FeatureReader, FeatureWriter, fingerprint
 from longvlm_cli import app as cli
 from tests.helpers.paths import FIXTURES
@@ -261,7 +260,7 @@ def check_features(out, values):
     for name, (local, memory) in values.items():
         found = reader[name]
         assert np.array_equal(found.local_features.numpy(), local)
-        assert np.array_equal(found.memory.numpy(), memory)
+        assert np.array_equal(found.all_global_features.numpy(), memory)
         assert np.array_equal(found.global_features.numpy(), memory[-5:])
     # Every video lies in one shard, and every shard is whole.
     stored = [key for shard in out.glob("*.safetensors") for key in load_file(shard)]
@@ -281,7 +280,7 @@ def test_folders_become_shards_in_random_access(tmp_path):
     assert "v_003" in reader and "v_999" not in reader
     copy = pickle.loads(pickle.dumps(reader))  # as for the workers of a DataLoader
     assert torch.equal(copy["v_019"].local_features, reader["v_019"].local_features)
-    assert not list(out.glob("*.partial")) and not (out / "failed.jsonl").exists()
+    assert not list(out.glob(".*.partial*")) and not (out / "failed.jsonl").exists()
 
 
 def test_features_go_into_the_model_as_they_are(tmp_path):
@@ -350,7 +349,7 @@ def test_a_killed_run_is_resumed(tmp_path):
 def test_a_stop_at_any_moment_loses_and_doubles_nothing(moment, tmp_path, monkeypatch):
     values = write_features(tmp_path, 12)
     sources, out = (tmp_path / "local", tmp_path / "memory"), tmp_path / "out"
-    settle, calls = store._settle, []
+    replace, calls = os.replace, []
 
     class Stop(BaseException):
         pass
@@ -360,18 +359,21 @@ def test_a_stop_at_any_moment_loses_and_doubles_nothing(moment, tmp_path, monkey
         if len(calls) >= 4:  # every later one, too: nothing more is written by a process that is gone
             wanted = "index.json" if "index" in moment else "features-"
             if final.name.startswith(wanted) or len(calls) > 4:
-                if moment == "within the index":
-                    temporary.write_text(temporary.read_text()[:50])
+                content = temporary.read_bytes()
+                # As a killed process leaves it: `atomic_write` itself would still clear it away.
+                left = temporary.with_name(temporary.name.replace(f"-{os.getpid()}.", "-999999999."))
+                left.write_bytes(content[:50] if moment == "within the index" else content)
                 raise Stop
-        settle(temporary, final)
+        replace(temporary, final)
 
-    monkeypatch.setattr(store, "_settle", stopped)
+    monkeypatch.setattr(os, "replace", stopped)
     with pytest.raises(Stop):
         convert_features(*sources, out, shard_bytes=500)
-    monkeypatch.setattr(store, "_settle", settle)
+    assert list(out.glob(".*.partial-999999999.*"))
+    monkeypatch.setattr(os, "replace", replace)
     convert_features(*sources, out, shard_bytes=500)
     check_features(out, values)
-    assert not list(out.glob("*.partial"))
+    assert not list(out.glob(".*.partial*"))
 
 
 def test_a_folder_is_not_mixed_with_other_features(tmp_path):
@@ -411,10 +413,10 @@ def test_wrong_folders_are_told_in_one_line(tmp_path, monkeypatch, capsys):
     assert "holds no .pkl files" in refused(tmp_path / "empty", tmp_path / "empty", *out)
     shutil.copytree(FEATURES / "local", tmp_path / "local")
     assert "not one of 2 files could be read" in refused(tmp_path / "local", tmp_path / "empty", *out)
-    with pytest.raises(ValueError, match=r"holds no features.*index\.json"):
+    with pytest.raises(ValueError, match=r"holds no features: index.json is missing"):
         FeatureReader(tmp_path / "empty")
     (tmp_path / "empty" / "index.json").write_text("{}")
-    with pytest.raises(ValueError, match="index of LongVLM features"):
+    with pytest.raises(ValueError, match="is not an index of LongVLM features"):
         FeatureReader(tmp_path / "empty")
 
 

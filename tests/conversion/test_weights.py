@@ -191,10 +191,9 @@ def test_functions_are_found_in_the_package_and_loaded_when_used():
 import sys, longvlm.conversion as c
 loaded = [m for m in sys.modules if m.startswith("longvlm.conversion.")]
 assert not loaded, loaded
-assert "assemble" in dir(c) and not any(m.startswith("longvlm.conversion.") for m in sys.modules)
-from longvlm.conversion.assemble import join  # binds the module, which has the name of the function
+assert "convert_llava" in dir(c) and not any(m.startswith("longvlm.conversion.") for m in sys.modules)
 from longvlm.conversion import *
-assert callable(assemble) and callable(c.assemble) and c.assemble.__module__ == "longvlm.conversion.assemble"
+assert callable(convert_llava) and c.convert_llava.__module__ == "longvlm.conversion.llava"
 print(sorted(set(c.__all__) - set(globals())))
 """
     assert run(script).stdout.strip() == "[]"

@@ -1,13 +1,13 @@
-"""The metric's numbers are those that one gets by hand, loaded by `evaluate` or not."""
+"""Scores are those that one gets by hand, as plain functions and as a metric of `evaluate`."""
 
 import math
-from pathlib import Path
 
 import evaluate
 import pytest
 
-from longvlm.evaluation.metrics.short_answer import short_answer
-from longvlm.evaluation.metrics.short_answer.short_answer import LongVLMQA, name_choice, normalize_answer, token_f1
+from longvlm.evaluation.answers import exact_match, name_choice, normalize_answer, score_answers, token_f1
+from longvlm.evaluation.metrics.short_answer.short_answer import ShortAnswer
+from tests.helpers.paths import ROOT
 
 PREDICTIONS = ["The red star.", "blue cross", "yes", "It is a RED one", "two"]
 REFERENCES = ["red star", "red cross", "no", "red", "two"]
@@ -22,7 +22,7 @@ CHOICES = [
 
 
 def test_scores_are_those_computed_by_hand():
-    scores = LongVLMQA().compute(predictions=PREDICTIONS, references=REFERENCES, kinds=KINDS, choices=CHOICES)
+    scores = score_answers(predictions=PREDICTIONS, references=REFERENCES, kinds=KINDS, choices=CHOICES)
     assert scores["count"] == 5
     assert scores["exact_match"] == pytest.approx(2 / 5)  # 1st, 5th
     assert scores["accuracy"] == pytest.approx(3 / 5)  # and the 4th, which names "red" in a sentence
@@ -34,22 +34,20 @@ def test_scores_are_those_computed_by_hand():
 
 
 def test_evaluate_loads_the_folder_and_gives_the_same():
-    loaded = evaluate.load(str(Path(short_answer.__file__).parent))
+    loaded = evaluate.load(str(ROOT / "evaluation" / "metrics" / "short_answer"))
     arguments = {"predictions": PREDICTIONS, "references": REFERENCES, "kinds": KINDS, "choices": CHOICES}
-    assert loaded.compute(**arguments) == LongVLMQA().compute(**arguments)
+    assert loaded.compute(**arguments) == score_answers(**arguments) == ShortAnswer().compute(**arguments)
 
 
 def test_batches_add_up_to_the_same_scores():
-    metric = LongVLMQA()
+    metric = ShortAnswer()
     metric.add_batch(predictions=PREDICTIONS[:2], references=REFERENCES[:2])
     metric.add_batch(predictions=PREDICTIONS[2:], references=REFERENCES[2:])
-    assert metric.compute(kinds=KINDS) == LongVLMQA().compute(
-        predictions=PREDICTIONS, references=REFERENCES, kinds=KINDS
-    )
+    assert metric.compute(kinds=KINDS) == score_answers(predictions=PREDICTIONS, references=REFERENCES, kinds=KINDS)
 
 
 def test_no_predictions_have_no_scores_and_raise_nothing():
-    scores = LongVLMQA().compute(predictions=[], references=[], kinds=[], choices=[])
+    scores = score_answers(predictions=[], references=[], kinds=[], choices=[])
     assert scores["count"] == 0 and scores["kinds"] == {}
     assert scores["accuracy"] is scores["f1"] is scores["mean_of_kinds"] is None
 
@@ -57,23 +55,23 @@ def test_no_predictions_have_no_scores_and_raise_nothing():
 def test_intervals_are_seeded_and_as_wide_as_theory_says():
     count, right = 400, 300
     arguments = {"predictions": ["a1"] * right + ["b"] * (count - right), "references": ["a1"] * count}
-    first = LongVLMQA().compute(**arguments, num_resamples=4000)
-    assert first == LongVLMQA().compute(**arguments, num_resamples=4000)
-    other = LongVLMQA().compute(**arguments, num_resamples=4000, seed=1)
+    first = score_answers(**arguments, num_resamples=4000)
+    assert first == score_answers(**arguments, num_resamples=4000)
+    other = score_answers(**arguments, num_resamples=4000, seed=1)
     assert (other["accuracy_low"], other["accuracy_high"]) != (0.75, 0.75)
     half_width = 1.96 * math.sqrt(0.75 * 0.25 / count)
     assert first["accuracy_low"] == pytest.approx(0.75 - half_width, abs=0.01)
     assert first["accuracy_high"] == pytest.approx(0.75 + half_width, abs=0.01)
     for name in ("exact_match", "f1"):  # here the same numbers
         assert (first[f"{name}_low"], first[f"{name}_high"]) == (first["accuracy_low"], first["accuracy_high"])
-    narrow = LongVLMQA().compute(**arguments, num_resamples=4000, confidence=0.5)
+    narrow = score_answers(**arguments, num_resamples=4000, confidence=0.5)
     assert first["accuracy_low"] < narrow["accuracy_low"] < narrow["accuracy_high"] < first["accuracy_high"]
 
 
 def test_the_interval_of_f1_is_that_of_its_own_spread():
     # F1 of 2/3 and of 1, half each: a standard deviation of 1/6.
     count = 400
-    scores = LongVLMQA().compute(predictions=["red", "red star"] * (count // 2), references=["red star"] * count)
+    scores = score_answers(predictions=["red", "red star"] * (count // 2), references=["red star"] * count)
     half_width = 1.96 / 6 / math.sqrt(count)
     assert scores["f1_low"] == pytest.approx(5 / 6 - half_width, abs=0.003)
     assert scores["f1_high"] == pytest.approx(5 / 6 + half_width, abs=0.003)
@@ -94,6 +92,7 @@ def test_the_interval_of_f1_is_that_of_its_own_spread():
 )
 def test_normalisation_is_what_the_description_says(text, normal):
     assert normalize_answer(text) == normal
+    assert exact_match(text, normal)
 
 
 def test_an_answer_counts_only_if_it_names_one_choice():
@@ -102,7 +101,7 @@ def test_an_answer_counts_only_if_it_names_one_choice():
     assert name_choice("I do not know", ["no", "yes"]) is None  # "no" within "not" and "know" is no word
     assert name_choice("red star", ["star", "red star"]) == "red star"
     assert name_choice("", ["no", "yes"]) is None
-    scores = LongVLMQA().compute(predictions=["red or blue"], references=["red"], choices=[["red", "blue"]])
+    scores = score_answers(predictions=["red or blue"], references=["red"], choices=[["red", "blue"]])
     assert scores["unparsed"] == 1 and scores["accuracy"] == 0
 
 
@@ -113,4 +112,8 @@ def test_f1_counts_repeated_words_once_for_each_time_they_are_right():
 
 def test_lists_of_different_lengths_are_refused_in_one_line():
     with pytest.raises(ValueError, match=r"^1 kinds were given for 2 predictions; give one for each$"):
-        LongVLMQA().compute(predictions=["a", "b"], references=["a", "b"], kinds=["first"])
+        score_answers(predictions=["a", "b"], references=["a", "b"], kinds=["first"])
+    with pytest.raises(ValueError, match=r"^1 references were given for 2 predictions; give one for each$"):
+        score_answers(["a", "b"], ["a"])
+    with pytest.raises(ValueError, match=r"`confidence` is 1\.5"):
+        score_answers(["a"], ["a"], confidence=1.5)

@@ -10,7 +10,9 @@ import time
 import pytest
 import torch
 
-from longvlm.features.extract import check_features, extract_features, feature_metadata
+from longvlm.features.extract import extract_features
+from longvlm.features.failures import FAILED, FailureLog, read_failed, write_failed
+from longvlm.features.fingerprint import check_features, feature_metadata
 from longvlm.features.store import FeatureReader, FeatureWriter
 from tests.helpers.paths import ROOT
 from tests.helpers.tiny_models import save_tiny_longvlm, tiny_longvlm, write_video
@@ -150,6 +152,61 @@ def test_two_videos_of_one_name_are_an_error(videos, tmp_path):
     sources = [videos / "v_0.mp4", videos / "more" / "v_0.avi"]
     with pytest.raises(ValueError, match='would both be called "v_0"'):
         extract_features(sources, tmp_path, model=model, processor=processor)
+
+
+def test_a_model_without_global_tokens_stores_none_and_reads_those_of_others(videos, tmp_path):
+    model, processor = tiny_longvlm(global_placement="none")
+    report = extract_features([videos], tmp_path / "none", model=model, processor=processor)
+    assert (report.encoded, report.failed) == (5, 1)
+    check_whole(tmp_path / "none", model, processor, videos)
+    reader = FeatureReader(tmp_path / "none")
+    assert reader.num_global_layers == 0 and reader["v_0"].global_features.shape == (0, 64)
+    extract_features([videos], tmp_path / "two", model=tiny_longvlm()[0], processor=processor)
+    metadata = feature_metadata(model, processor.video_processor)
+    for folder in ("none", "two"):
+        reader = FeatureReader(tmp_path / folder, num_global_layers=model.config.num_global_tokens)
+        check_features(reader, metadata, model.config.num_global_tokens)
+        features = reader["v_3"].as_video_features()
+        assert processor.count_video_tokens(features) == features.num_tokens(model.config) == [12]
+        assert features.global_features.shape == (1, 0, 64)
+        inputs = processor("<video>\nWho?", video_features=features, return_tensors="pt")
+        assert model(**inputs, video_features=features).logits.isfinite().all()
+    # A model that needs global features cannot use a folder without them.
+    with pytest.raises(ValueError, match="have 0 global layers, the model 2; extract them again"):
+        FeatureReader(tmp_path / "none", num_global_layers=2)
+    with pytest.raises(ValueError, match="num_global_layers is 0 and not 2"):
+        check_features(FeatureReader(tmp_path / "none"), metadata, 2)
+
+
+def test_the_last_global_features_are_given_where_more_are_stored(tmp_path):
+    stored = torch.arange(12.0).view(3, 4)
+    with FeatureWriter(tmp_path, num_global_layers=2) as writer:
+        writer.add("v", torch.zeros(5, 4), stored)
+    for asked, expected in ((None, stored[1:]), (2, stored[1:]), (1, stored[2:]), (0, stored[:0])):
+        features = FeatureReader(tmp_path, num_global_layers=asked)["v"]
+        assert torch.equal(features.global_features, expected)
+        assert torch.equal(features.all_global_features, stored)
+
+
+def test_progress_is_told_after_each_video_read_or_not(videos, tmp_path):
+    model, processor = tiny_longvlm()
+    calls = []
+    extract_features([videos], tmp_path, model=model, processor=processor, progress=lambda *call: calls.append(call))
+    assert calls == [("encode", done, 6) for done in range(1, 7)]
+
+
+def test_failures_are_read_as_written_and_a_damaged_list_is_told(tmp_path):
+    assert read_failed(tmp_path) == {}
+    with FailureLog(tmp_path) as log:
+        log.add("a", ValueError("two\nlines"))
+        assert read_failed(tmp_path) == {"a": "two lines"}  # before the end, too: a kill loses nothing
+    write_failed(tmp_path, {"b": "größer"})
+    assert read_failed(tmp_path) == {"b": "größer"}
+    (tmp_path / FAILED).write_text('{"video": "b"')
+    with pytest.raises(ValueError, match=r"failed\.jsonl is damaged"):
+        read_failed(tmp_path)
+    write_failed(tmp_path, {})
+    assert list(tmp_path.iterdir()) == []
 
 
 def run_extract(*arguments):

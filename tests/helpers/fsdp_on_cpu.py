@@ -1,6 +1,6 @@
 """`longvlm train` under FSDP on the CPU, to be started by `accelerate launch --config_file fsdp.yaml`.
 
-    accelerate launch --config_file fsdp.yaml tests/fsdp_on_cpu.py CONFIG.yaml [CONFIG.yaml ...]
+    accelerate launch --config_file fsdp.yaml -m tests.helpers.fsdp_on_cpu CONFIG.yaml [CONFIG.yaml ...]
 
 accelerate hands its FSDP plugin on to processes with accelerators only. Here its state takes it for processes on the
 CPU (gloo) too, and in the same way; the wrapping, sharding, clipping, collecting and saving are accelerate's, torch's
@@ -12,7 +12,8 @@ import sys
 
 from accelerate.state import AcceleratorState, DistributedType, PartialState
 
-from longvlm.training.train import parse_arguments, train
+from longvlm.training.arguments import parse_arguments
+from longvlm.training.train import train
 
 _init = AcceleratorState.__init__
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.helpers.real_data import or_skip, smollm2_gguf
+from recipes.smollm2.language_model import smollm2_gguf
+from tests.helpers.real_data import or_skip
 
 pytestmark = pytest.mark.slow
 
@@ -95,5 +96,5 @@ def test_a_second_call_only_reads_what_the_first_measured(ran, capsys):
 def test_a_folder_of_other_options_is_refused_in_one_line(ran):
     from recipes.smollm2.run import main
 
-    with pytest.raises(SystemExit, match=r"^smollm2_storyline: .* with stories=60, not 61; give another --out$"):
+    with pytest.raises(SystemExit, match=r"^smollm2: .* with stories=60, not 61; give another --out$"):
         main([*ran[1], "--stories", "61"])

@@ -15,11 +15,16 @@ import transformers
 import yaml
 from packaging import version
 
+import longvlm.evaluation
+import longvlm.features
+import longvlm.training
 from longvlm import LongVLMForConditionalGeneration, LongVLMProcessor
 from longvlm.features.extract import extract_features
+from longvlm.training.added_token_rows import video_token_ids
+from longvlm.training.arguments import parse_arguments
 from longvlm.training.collator import LongVLMDataCollator
-from longvlm.training.train import parse_arguments, train
-from longvlm.training.tuning import load_projector, video_token_ids
+from longvlm.training.train import train
+from longvlm.training.tuning import load_projector
 from tests.helpers.paths import ROOT
 from tests.helpers.tiny_models import save_tiny_longvlm, tiny_text_config, write_video
 
@@ -206,7 +211,7 @@ def test_training_that_goes_on_gives_the_losses_of_one_that_was_never_stopped(wo
     assert losses(first) == losses(whole)
     shutil.rmtree(out / "checkpoint-15")
     (out / "checkpoint-12" / "trainer_state.json").unlink()
-    with pytest.raises(ValueError, match=r"checkpoint-8.* go on with it by resume_from_checkpoint: auto"):
+    with pytest.raises(ValueError, match=r"checkpoint-8.* resume it with `resume_from_checkpoint` auto"):
         run(world, out, **options)
     resumed = run(world, out, resume_from_checkpoint="auto", **options)
     assert resumed.state.global_step == 15
@@ -269,12 +274,55 @@ def test_features_of_other_frames_are_trained_on_when_their_options_are_given(wo
     assert from_features == pytest.approx(from_videos, abs=1e-5)
 
 
+def test_a_model_without_global_tokens_is_trained_from_features_old_and_new(world, tmp_path):
+    save_tiny_longvlm(tmp_path / "model", text_config=lively(), global_placement="none")
+    model = LongVLMForConditionalGeneration.from_pretrained(tmp_path / "model")
+    processor = LongVLMProcessor.from_pretrained(tmp_path / "model")
+    assert processor.num_global_tokens == model.config.num_global_tokens == 0
+    extract_features([world / "videos"], tmp_path / "features", model=model, processor=processor)
+    options = {"model": str(tmp_path / "model"), "max_steps": 4}
+    new = losses(run(world, tmp_path / "new", features=[str(tmp_path / "features")], **options))
+    # The world's features have the global ones that such a model once stored as well.
+    old = losses(run(world, tmp_path / "old", **options))
+    from_videos = losses(run(world, tmp_path / "videos", videos=True, **options))
+    assert new == pytest.approx(old, abs=1e-6) and new == pytest.approx(from_videos, abs=1e-5)
+    # Nor can they be used by a model that needs them.
+    with pytest.raises(ValueError, match="have 0 global layers, the model 2"):
+        run(world, tmp_path / "needs", features=[str(tmp_path / "features")])
+
+
+def test_rows_are_checked_with_progress_unless_bars_are_off(world, tmp_path):
+    config = {"model": str(world / "model"), "train_data": [str(world / "rows.json")], "max_steps": 1}
+    config |= {"features": [str(world / "features")], "save_strategy": "no", "report_to": "none", "use_cpu": True}
+    config |= {"output_dir": str(tmp_path / "out")}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    calls = []
+    for off in ("false", "true"):
+        arguments = parse_arguments([str(tmp_path / "config.yaml"), "--disable_tqdm", off])
+        train(*arguments, progress=lambda *call: calls.append(call))
+    assert calls == [("check rows", done, 12) for done in range(1, 13)]
+
+
+def test_the_old_name_of_truncation_is_refused_with_the_new_one(tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text("model: m\ntrain_data: [x]\ntoo_long: truncate")
+    with pytest.raises(ValueError, match=r"config\.yaml: too_long was renamed; give `truncation`: true"):
+        parse_arguments([str(config)])
+    config.write_text("model: m\ntrain_data: [x]\ntruncation: true\nuse_cpu: true")
+    for flag in (["--too_long", "drop"], ["--too_long=drop"]):
+        with pytest.raises(ValueError, match=r"--too_long.* was renamed; give `truncation`"):
+            parse_arguments([str(config), *flag])
+    for flags, expected in (([], True), (["--truncation", "false"], False)):
+        _, data, *_ = parse_arguments([str(config), *flags, "--output_dir", str(tmp_path)])
+        assert data.truncation is expected
+
+
 def test_mistakes_in_a_configuration_are_told_in_one_line(tmp_path):
     config = tmp_path / "config.yaml"
     for text, message in {
-        "model: m\ntrain_data: [x]\nlerning_rate: 1": "lerning_rate is no option of the training; did you mean learn",
+        "model: m\ntrain_data: [x]\nlerning_rate: 1": "lerning_rate is not a training option; did you mean learn",
         "train_data: [x]": "required: --model",
-        "model: m\ntrain_data: [x]\ntrain: everything": 'train: "everything" is not known',
+        "model: m\ntrain_data: [x]\ntrain: everything": '`train` is "everything"; use one of projector, lora, full',
         "model: m\ntrain_data: [x]\nlearning_rate: fast": "invalid float value: 'fast'",
         "model: m\ntrain_data: [x]\ntrain_weights: [a]": "train_weights must be a list of numbers, not hold 'a'",
         "model: m\ntrain_data: [x]\ntrain_weights: [1, null]": "must be a list of numbers, not hold None",
@@ -311,6 +359,14 @@ def test_the_example_of_the_docs_trains(world, tmp_path):
     done = command("-m", "longvlm", "train", tmp_path / "config.yaml", "--use_cpu", "--max_steps", 2)
     assert '"steps": 2' in done.stdout and "24 rows kept, 0 dropped" in done.stderr
     LongVLMForConditionalGeneration.from_pretrained(tmp_path / "out")
+
+
+def test_names_of_the_package_are_found_when_they_are_asked_for():
+    for package in (longvlm.training, longvlm.features, longvlm.evaluation):
+        assert package.__all__ == sorted(package.__all__) and set(package.__all__) <= set(dir(package))
+        assert all(getattr(package, name) is not None for name in package.__all__)
+        with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+            _ = package.nothing
 
 
 def test_rows_trained_in_shards_are_stored_in_the_collected_table(world, tmp_path):

@@ -83,7 +83,7 @@ def test_labels_are_those_of_the_released_code(case, marked):
     if not case["num_video_tokens"]:
         del row["video"]
     if not case["answer_spans"]:
-        with pytest.raises(ValueError, match="no assistant says anything"):
+        with pytest.raises(ValueError, match="the assistant says nothing"):
             as_messages(row)
         return
     messages = as_messages(row)
@@ -193,7 +193,7 @@ def test_every_dropped_row_is_named_with_its_reason(videos, tmp_path):
     saved = json.loads((tmp_path / "report.json").read_text())
     assert saved["kept"] == 2 and '"missing" is not in' in saved["dropped"][0]["reason"]
     assert str(report).startswith("2 rows kept, 11 dropped: ")
-    with pytest.raises(ValueError, match="no row to train on is left"):
+    with pytest.raises(ValueError, match="no row is left to train on"):
         build_dataset([[{"q": "Who?", "a": ""}]], processor)
 
 
@@ -238,6 +238,18 @@ def test_json_parquet_and_datasets_give_the_same_rows(tmp_path):
     assert len(chats[0]) == 4 and all(chat == chats[0] for chat in chats)
 
 
+def test_progress_counts_the_rows_of_each_source_dropped_ones_too(tmp_path):
+    rows = [{"q": "Who?", "a": "Yes."}, {"whatever": 1}, {"q": "What?", "a": "No."}]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n{oops\n")
+    calls = []
+    build_dataset(
+        [tmp_path / "rows.jsonl", rows, (row for row in rows)],  # the last one's length is not known
+        processor_for(byte_level_tokenizer()),
+        progress=lambda *call: calls.append(call),
+    )
+    assert calls == [("check rows", done, total) for total in (4, 3) for done in range(1, total + 1)]
+
+
 def test_weights_repeat_and_thin_out_files():
     processor = processor_for(byte_level_tokenizer())
     one, two = ([{"q": f"{name} {i}?", "a": "Yes."} for i in range(6)] for name in "ab")
@@ -251,7 +263,7 @@ def test_weights_repeat_and_thin_out_files():
 def test_truncation_cuts_the_end_and_never_a_video():
     processor = processor_for(original_tokenizer())
     whole = encode_chat(processor, CHAT, [8])
-    cut = encode_chat(processor, CHAT, [8], max_length=len(whole) - 3, too_long="truncate")
+    cut = encode_chat(processor, CHAT, [8], max_length=len(whole) - 3, truncation=True)
     assert cut.input_ids == whole.input_ids[:-3] and cut.labels == whole.labels[:-3]
     video_last = [
         {"role": "user", "content": [{"type": "text", "text": "Who?"}, {"type": "video"}]},
@@ -261,7 +273,7 @@ def test_truncation_cuts_the_end_and_never_a_video():
     last = max(i for i, token in enumerate(whole.input_ids) if token == processor.video_token_id)
     for limit, reason in ((last, "would cut a video"), (last + 3, "nothing of the answers")):
         with pytest.raises(ValueError, match=reason):
-            encode_chat(processor, video_last, [30], max_length=limit, too_long="truncate")
+            encode_chat(processor, video_last, [30], max_length=limit, truncation=True)
 
 
 def test_a_batch_is_padded_on_the_right_and_has_its_videos(videos):
@@ -290,5 +302,5 @@ def test_a_batch_is_padded_on_the_right_and_has_its_videos(videos):
 
 def test_too_long_a_row_in_the_collator_is_told_in_one_line():
     processor = processor_for(byte_level_tokenizer())
-    with pytest.raises(ValueError, match=r"row 0 of a batch cannot be trained on: .* max_length is 5"):
+    with pytest.raises(ValueError, match=r"row 0 of a batch cannot be trained on: .* `max_length` is 5"):
         LongVLMDataCollator(processor, max_length=5)([{"q": "Two and two?", "a": "Four."}])

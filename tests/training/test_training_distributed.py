@@ -15,7 +15,8 @@ from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 
 from longvlm.features.store import FeatureWriter
-from longvlm.training.train import parse_arguments, train
+from longvlm.training.arguments import parse_arguments
+from longvlm.training.train import train
 from tests.helpers.paths import ROOT
 from tests.helpers.tiny_models import save_tiny_longvlm, tiny_longvlm, tiny_text_config, write_video
 

@@ -1,1 +1,1 @@
-"""`evaluate.load` on this folder gives the metric of `short_answer.py`."""
+"""`evaluate.load` on this folder loads the metric in `short_answer.py`."""

@@ -1,0 +1,48 @@
+"""Which files are videos, and what each is called in a folder of features."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".ts", ".mpg", ".mpeg", ".flv", ".wmv", ".gif")
+
+
+def find_videos(sources: Iterable[str | Path]) -> dict[str, Path]:
+    """
+    Finds videos and names them.
+
+    Args:
+        sources: video files, folders of videos (subfolders included), or `.txt` files with one path per line.
+
+    Returns:
+        Name -> path, sorted by name. A file in a folder is named by its path within that folder, without the suffix
+        (`cooking/v_0`); any other file by its own name without the suffix.
+
+    Raises:
+        ValueError: a source does not exist, there are no videos, or two videos have the same name.
+    """
+    sources = list(sources)
+    found: dict[str, Path] = {}
+
+    def add(name: str, file: Path) -> None:
+        if found.setdefault(name, file) != file:
+            raise ValueError(f'{found[name]} and {file} would both be called "{name}"; rename one of them')
+
+    for source in map(Path, sources):
+        if source.is_dir():
+            for file in sorted(source.rglob("*")):
+                if file.suffix.lower() in VIDEO_SUFFIXES and file.is_file():
+                    add(file.relative_to(source).with_suffix("").as_posix(), file)
+        elif not source.is_file():
+            raise ValueError(f"{source}: no such file or folder")
+        elif source.suffix == ".txt":
+            for line in source.read_text(encoding="utf-8").splitlines():
+                if line.strip():
+                    add(Path(line.strip()).stem, Path(line.strip()))
+        else:
+            add(source.stem, source)
+    if not found:
+        raise ValueError(f"no videos in {', '.join(map(str, sources))}; they end in {', '.join(VIDEO_SUFFIXES)}")
+    return dict(sorted(found.items()))
+
+
+__all__ = ["VIDEO_SUFFIXES", "find_videos"]

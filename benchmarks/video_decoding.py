@@ -25,9 +25,9 @@ from torchvision.transforms.v2 import functional as tvF
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.numbered_videos import read_number, write_video
 from longvlm.processing import video_decoding, video_index
 from longvlm.processing.video_processing_longvlm import LongVLMVideoProcessor
-from tests.helpers.video_files import read_number, write_video
 
 
 def shrink(frame: np.ndarray) -> torch.Tensor:

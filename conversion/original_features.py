@@ -6,7 +6,6 @@ collect is then checked, size against shape, and the result can only be a float 
 """
 
 import io
-import json
 import math
 import pickle
 import pickletools
@@ -20,9 +19,9 @@ import numpy as np
 import torch
 
 from longvlm.conversion.progress import Progress, silent
+from longvlm.features.failures import FAILED, FailureLog, write_failed
 from longvlm.features.store import FeatureWriter
 
-FAILED = "failed.jsonl"
 SEGMENTS = 10  # of the original's 100 frames
 
 
@@ -299,7 +298,7 @@ def convert_features(
     metadata = {"source": "released LongVLM code"}
     with (
         FeatureWriter(out, num_global_layers=num_global_layers, metadata=metadata, shard_bytes=shard_bytes) as writer,
-        open(Path(out) / FAILED, "w", encoding="utf-8") as failed,
+        FailureLog(out) as failures,
     ):
         for done, (video, file) in enumerate(files.items()):
             progress("converting features", done, len(files))
@@ -315,15 +314,14 @@ def convert_features(
             except (ValueError, OSError) as error:
                 report.failed += 1
                 reason = " ".join(str(error).split())
-                failed.write(json.dumps({"video": video, "reason": reason}, ensure_ascii=False) + "\n")
-                failed.flush()
+                failures.add(video, reason)
                 continue
             report.converted += 1
             report.layouts[layout_of_rows(len(values)) or "other"] += 1
         progress("converting features", len(files), len(files))
         total = len(writer)
     if report.failed == 0:
-        (Path(out) / FAILED).unlink()
+        write_failed(out, {})
     if total == 0:
         raise ValueError(f"not one of {len(files)} files could be read; the last one: {reason}")
     return report

@@ -184,11 +184,11 @@ def test_sdist_in_a_clean_environment(tmp_path):
 
 @pytest.mark.slow
 def test_installed_command_asks_about_a_video(wheel, tmp_path):
-    from tests.helpers.tiny_models import write_video
+    from tests.helpers.video_files import write_video
 
     python = make_environment(tmp_path / "clean")
     install(python, wheel)
-    video, command = write_video(tmp_path / "video.mp4"), python.parent / "longvlm"
+    video, command = write_video(tmp_path / "video.mp4", 24, rate=8), python.parent / "longvlm"
     answer = run(command, "ask", video, "What is the first object?", "--max-new-tokens", 4, cwd=tmp_path)
     assert answer.strip()
 

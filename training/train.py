@@ -1,8 +1,7 @@
 """Fine-tuning: `longvlm train CONFIG.yaml [--option value ...]`, or `accelerate launch -m longvlm train ...`.
 
-`python -m longvlm.training.train` does the same without a progress bar before the training.
-
-For the options see `longvlm.training.arguments` and docs/training.md.
+`python -m longvlm.training.train` does the same without a progress bar before the training. For the options see
+`longvlm.training.arguments` and docs/training.md.
 """
 
 import json

@@ -8,7 +8,7 @@ from pathlib import Path
 from longvlm.evaluation.storyline import KINDS
 from recipes.ablations.variants import VARIANTS
 
-BEGIN, END = "<!-- results: made by evaluation/ablations/run.py -->", "<!-- end of results -->"
+BEGIN, END = "<!-- results: made by recipes/ablations/run.py -->", "<!-- end of results -->"
 PLOT = "ablations.png"
 
 

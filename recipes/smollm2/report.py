@@ -14,60 +14,60 @@ TRAININGS = ("projector", "lora-pieces", "lora-stories")
 _PAGE = """\
 # A real language model: SmolLM2-135M-Instruct on Storyline
 
-`make smollm2`, which runs `python -m recipes.smollm2.run --out .cache/smollm2 --report docs/smollm2.md`,
-assembles SmolLM2-135M-Instruct (real weights, out of a 4-bit GGUF file) with the encoder of longvlm-tiny, trains the
-projector, then the projector and LoRA adapters of the language model, and asks about Storyline's test split. It uses
-nothing but the package's own tools; the `.yaml` files in its folder are for `longvlm train`.
+`make smollm2` runs `python -m recipes.smollm2.run --out .cache/smollm2 --report docs/smollm2.md`. It assembles
+SmolLM2-135M-Instruct (real weights, from a 4-bit GGUF file) with the encoder of longvlm-tiny, trains the projector,
+then the projector and LoRA adapters of the language model, and asks questions about Storyline's test split. It uses
+only the tools of the package; the `.yaml` files in its folder also work with `longvlm train`.
 
-## What was trained, and on what
+## What was trained, and on which data
 
-| stage | what | steps | rows a step | seconds a step | seconds |
+| stage | what | steps | rows per step | seconds per step | seconds |
 |---|---|---:|---:|---:|---:|
 {stages}
 
 Learning rates {rates}, on {machine};
 {versions}.
-The encoder stays as it is.
+The encoder stays frozen.
 
-A video is {frames} frames, which are {video_tokens} tokens. All is made from {stories:,} stories of split train:
+A video has {frames} frames, which become {video_tokens} tokens. The data come from {stories:,} stories of split train:
 
-- projector: {events:,} pieces of one event each, to be told ("stripes: red star moves left");
-- lora-pieces: {pieces:,} rows about pieces of up to three events, to be told, or to answer a question about;
-- lora-stories: {questions:,} questions of all kinds about whole stories, each alone with its video.
+- projector: {events:,} pieces with one event each, to describe ("stripes: red star moves left");
+- lora-pieces: {pieces:,} rows about pieces with up to three events, to describe or to answer a question about;
+- lora-stories: {questions:,} questions of all kinds about whole stories, each in a conversation of its own.
 
-The features of pieces are cut out of the stories'. No story of the test split is trained on, nor any combination of
-colour, shape and action that it has.
+The features of pieces are cut from those of the stories. Neither the stories of the test split nor their combinations
+of colour, shape and action occur in training.
 
-Mean loss over the first and the last tenth of each training: {losses}.
+Mean loss in the first and in the last tenth of each training: {losses}.
 
 ## What it sees
 
-{events_count} single events of {test_stories} stories of the test split, told in words; how many of the words are
-right, in percent:
+The model describes {events_count} single events from {test_stories} stories of the test split; percent of right words:
 
 {events_table}
 
 ## How well it answers
 
-{test_stories} stories of the test split, {count} questions, each asked alone; answers written freely by `generate()`,
-read by `evaluation/metrics/short_answer`. Accuracy in percent; over all with a 95 % bootstrap interval.
+{test_stories} stories of the test split and {count} questions, each in a conversation of its own. Answers are free
+text from `generate()`, scored by `evaluation/metrics/short_answer`. Accuracy in percent; for all with a 95 %
+bootstrap interval.
 
 {table}
 
-Answers that name none of the possible answers, or several, are wrong; they were {unparsed}.
+Answers that name none or several of the possible answers count as wrong. Their share: {unparsed}.
 
 ## What this shows
 
-Single events, with the right video and with another story's: {seen}.
+Single events, with the right video and with that of another story: {seen}.
 {reading}
 
-One seed, one run, {minutes:.0f} minutes in all: a check that training works with a real language model, not a measure
-of how far it gets.
+One seed, one run, {minutes:.0f} minutes in all: this checks that training works with a real language model. It does
+not measure how far it can get.
 """
 
 
 def page(results: Mapping[str, Any]) -> str:
-    """Markdown. `results`: what stands in `results.json`."""
+    """The page in Markdown. `results`: the content of `results.json`."""
     stages, scores, options = results["stages"], results["scores"], results["options"]
     trained = scores[TRAINED]
     seconds = sum(one["seconds"] for group in (stages, results["events"], scores) for one in group.values())
@@ -104,12 +104,12 @@ def _stage_rows(stages: Mapping[str, Any], events: Mapping[str, Any], scores: Ma
         one = stages[name]
         what = f"{one['trained_parameters'] / 1e6:.1f} million parameters"
         if one["steps_before_it_was_stopped"]:
-            what += f" (stopped once; seconds from step {one['steps_before_it_was_stopped']} on)"
+            what += f" (interrupted once; seconds from step {one['steps_before_it_was_stopped']} on)"
         steps = f"{one['steps']} | {one['batch_size']} | {one['seconds_per_step']}"
         rows.append(f"| {name} | {what} | {steps} | {one['seconds']:.0f} |")
     asking = sum(one["seconds"] for one in scores.values())
     telling = sum(one["seconds"] for one in events.values())
-    rows.append(f"| tell | {len(events)} times {_any(events)['count']} events | | | | {telling:.0f} |")
+    rows.append(f"| describe | {len(events)} times {_any(events)['count']} events | | | | {telling:.0f} |")
     return [*rows, f"| ask | {len(scores)} times {_any(scores)['count']} questions | | | | {asking:.0f} |"]
 
 
@@ -157,7 +157,7 @@ def _seen(events: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _reading(chance: Mapping[str, float], scores: Mapping[str, Any]) -> str:
-    """Whether the video tells the answers: where the interval lies above those of both controls, and above chance."""
+    """Whether answers depend on the video: their interval lies above those of both controls, and above chance."""
 
     def seen(pick) -> bool:
         low = pick(scores[TRAINED])["accuracy_low"]
@@ -170,9 +170,9 @@ def _reading(chance: Mapping[str, float], scores: Mapping[str, Any]) -> str:
     ]
     rest = [kind for kind in scores[TRAINED]["kinds"] if kind not in learned]
     if not seen(lambda result: result):
-        start = "Over all questions the video makes no difference that these numbers could tell from luck."
+        start = "Over all questions, these numbers cannot tell the effect of the video from chance."
     else:
-        start = "Over all questions the answers come from the video: with another story's, or none, they are worse."
+        start = "Over all questions, the answers depend on the video: with another one, or none, they are worse."
     parts = [start]
     if learned:
         parts.append(
@@ -180,7 +180,7 @@ def _reading(chance: Mapping[str, float], scores: Mapping[str, Any]) -> str:
         )
     if rest:
         parts.append(
-            f"Not told apart from guessing at this number of questions: {', '.join(sorted(rest, key=KINDS.index))}."
+            f"Not distinguishable from guessing with so few questions: {', '.join(sorted(rest, key=KINDS.index))}."
         )
     return "\n".join(parts)
 

@@ -35,8 +35,9 @@ from longvlm import LongVLMForConditionalGeneration, LongVLMProcessor
 from longvlm.conversion.assemble import VIDEO_TOKENS
 from longvlm.conversion.llava import convert_llava
 from longvlm_cli import app as cli
-from tests.helpers.tiny_models import tiny_text_config, tiny_tokenizer, tiny_vision_config, write_video
+from tests.helpers.tiny_models import tiny_text_config, tiny_tokenizer, tiny_vision_config
 from tests.helpers.tokenizers_for_tests import FIXTURES
+from tests.helpers.video_files import write_video
 
 METHOD = {"frames_per_segment": 4, "tokens_per_segment": 6}
 VOCABULARY = 387  # of the fixture's tokenizer: 384 pieces and LLaVA's three image tokens
@@ -494,7 +495,7 @@ def test_command_pipeline_and_ask(clip, tmp_path, monkeypatch, capsys):
     config = LongVLMForConditionalGeneration.from_pretrained(out).config
     assert (config.frames_per_segment, config.tokens_per_segment, config.global_placement) == (4, 30, "none")
 
-    video = write_video(tmp_path / "square.mp4")
+    video = write_video(tmp_path / "square.mp4", 24, rate=8)
     pipe = pipeline("video-question-answering", model=str(out))
     expected = pipe(video=str(video), question="What moves?", max_new_tokens=5, do_sample=False)["answer"]
     code, answer, err = longvlm("ask", video, "What moves?", "--model", out, "--max-new-tokens", 5)

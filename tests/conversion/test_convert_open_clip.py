@@ -23,7 +23,8 @@ from longvlm.conversion.assemble import assemble
 from longvlm.conversion.openclip_vision import convert_open_clip, load_open_clip
 from longvlm.conversion.vision_encoder import load_vision
 from longvlm_cli import app as cli
-from tests.helpers.tiny_models import save_tiny_llm, write_video
+from tests.helpers.tiny_models import save_tiny_llm
+from tests.helpers.video_files import write_video
 
 open_clip = pytest.importorskip("open_clip")
 
@@ -439,7 +440,7 @@ class TestEndToEnd:
         for config in (tmp_path / "one" / "config.json", tmp_path / "vit" / "config.json"):
             assert str(tmp_path) not in config.read_text()
 
-        video = write_video(tmp_path / "square.mp4")
+        video = write_video(tmp_path / "square.mp4", 24, rate=8)
         pipe = pipeline("video-question-answering", model=str(tmp_path / "one"))
         expected = pipe(video=str(video), question="What?", max_new_tokens=5, do_sample=False)["answer"]
         code, out, _ = longvlm("ask", video, "What?", "--model", tmp_path / "two", "--max-new-tokens", 5, "-q")

@@ -26,7 +26,8 @@ from longvlm.conversion.to_original import convert_to_original
 from longvlm.conversion.weights import Weights
 from longvlm_cli import app as cli
 from tests.helpers.paths import FIXTURES
-from tests.helpers.tiny_models import tiny_vision_config, write_video
+from tests.helpers.tiny_models import tiny_vision_config
+from tests.helpers.video_files import write_video
 
 ORIGINAL = FIXTURES / "original_checkpoint"
 BASE, DELTA, PROJECTOR = ORIGINAL / "base", ORIGINAL / "delta", ORIGINAL / "mm_projector.bin"
@@ -279,7 +280,7 @@ def test_progress_has_one_form(vision, tmp_path):
 
 
 def test_pipeline_and_ask_answer_about_a_video(converted, tmp_path, monkeypatch, capsys):
-    video = write_video(tmp_path / "film.mp4", num_frames=12)
+    video = write_video(tmp_path / "film.mp4", 12)
     ask = pipeline("video-question-answering", model=str(converted[0]), dtype=torch.float32, device="cpu")
     options = {"num_frames": 4, "max_new_tokens": 3}
     assert isinstance(ask(video=str(video), question="What is it?", **options)["answer"], str)

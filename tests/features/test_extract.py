@@ -15,7 +15,8 @@ from longvlm.features.failures import FAILED, FailureLog, read_failed, write_fai
 from longvlm.features.fingerprint import check_features, feature_metadata
 from longvlm.features.store import FeatureReader, FeatureWriter
 from tests.helpers.paths import ROOT
-from tests.helpers.tiny_models import save_tiny_longvlm, tiny_longvlm, write_video
+from tests.helpers.tiny_models import save_tiny_longvlm, tiny_longvlm
+from tests.helpers.video_files import write_video
 
 
 @pytest.fixture(scope="module")
@@ -23,8 +24,8 @@ def videos(tmp_path_factory):
     folder = tmp_path_factory.mktemp("videos")
     (folder / "more").mkdir()
     for number in range(4):
-        write_video(folder / f"v_{number}.mp4", num_frames=10 + 3 * number)
-    write_video(folder / "more" / "v_0.avi", num_frames=5)
+        write_video(folder / f"v_{number}.mp4", 10 + 3 * number)
+    write_video(folder / "more" / "v_0.avi", 5, codec="mpeg4")
     (folder / "broken.mp4").write_bytes(b"no video at all")
     return folder
 
@@ -89,7 +90,7 @@ def test_a_repaired_video_is_encoded_by_the_next_run(videos, tmp_path):
     (tmp_path / "v.mp4").write_bytes(b"still downloading")
     report = extract_features([tmp_path], tmp_path / "out", model=model, processor=processor)
     assert report.failed == 1 and (tmp_path / "out" / "failed.jsonl").exists()
-    write_video(tmp_path / "v.mp4")
+    write_video(tmp_path / "v.mp4", 24, rate=8)
     report = extract_features([tmp_path], tmp_path / "out", model=model, processor=processor)
     assert report.encoded == 1 and not (tmp_path / "out" / "failed.jsonl").exists()
 

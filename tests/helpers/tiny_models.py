@@ -137,23 +137,6 @@ def save_tiny_llm(folder, *, chat_template=None, text_config=None, **changes) ->
     return Path(folder)
 
 
-def write_video(path, *, num_frames=24, fps=8, width=64, height=48, codec="mpeg4") -> Path:
-    """Writes a small colourful video (a square that moves) with PyAV; returns its path."""
-    import av
-    import numpy as np
-
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=fps)
-        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        for index in range(num_frames):
-            picture = np.full((height, width, 3), (30, 60, 90 + index % 100), np.uint8)
-            left = index * 2 % (width - 12)
-            picture[10:22, left : left + 12] = (220, 40, 40)
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-        container.mux(stream.encode())
-    return Path(path)
-
-
 def noise_video(*frames: int, seed=0, size=56):
     """Normalised frames `(videos, max(frames), 3, size, size)`: neighbours look alike."""
     generator = torch.Generator().manual_seed(seed)

@@ -11,7 +11,8 @@ import torch
 
 from longvlm_cli import app as cli
 from tests.helpers import video_files
-from tests.helpers.tiny_models import save_tiny_llm, save_tiny_longvlm, tiny_longvlm, write_video
+from tests.helpers.tiny_models import save_tiny_llm, save_tiny_longvlm, tiny_longvlm
+from tests.helpers.video_files import write_video
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +22,7 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def video(tmp_path_factory):
-    return str(write_video(tmp_path_factory.mktemp("video") / "square.mp4"))
+    return write_video(tmp_path_factory.mktemp("video") / "square.mp4", 24, rate=8)
 
 
 @pytest.fixture

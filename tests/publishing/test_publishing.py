@@ -25,7 +25,8 @@ from longvlm.publishing.publish import NotReady, publish
 from longvlm_cli import app as cli
 from tests.helpers.hub_stub import HubStub
 from tests.helpers.paths import ROOT
-from tests.helpers.tiny_models import save_tiny_longvlm, tiny_longvlm, write_video
+from tests.helpers.tiny_models import save_tiny_longvlm, tiny_longvlm
+from tests.helpers.video_files import write_video
 
 CARD_OPTIONS = ("--license", "apache-2.0", "--base-model", "me/llm", "--base-model", "me/encoder")
 CARD = {"license": "apache-2.0", "base_model": ["me/llm", "me/encoder"]}
@@ -140,7 +141,7 @@ def test_card_snippets_run_and_answer_from_the_hub_without_the_package(published
     hub, publication = published
     snippets = re.findall(r"```python\n(.*?)```", publication.card, re.DOTALL)
     assert len(snippets) == 2 and all('"me/x"' in snippet for snippet in snippets)
-    video = write_video(tmp_path / "video.mp4")
+    video = write_video(tmp_path / "video.mp4", 24, rate=8)
     check = (
         "\nparts = (ask, ask.model, ask.processor, model, processor)\n"
         "assert {type(part).__module__.split('.')[0] for part in parts} == {'transformers_modules'}\n"
@@ -192,7 +193,7 @@ for part in (model, processor, ask):
     assert type(part).__module__.startswith("transformers_modules"), type(part)
 print(ask(video="video.mp4", question="What?", max_new_tokens=4)["answer"].encode())
 """
-    write_video(tmp_path / "video.mp4")
+    write_video(tmp_path / "video.mp4", 24, rate=8)
     assert run(WITHOUT_PACKAGE + load, tmp_path, hub, repo_id).startswith("b")
 
 

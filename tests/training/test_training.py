@@ -26,7 +26,8 @@ from longvlm.training.collator import LongVLMDataCollator
 from longvlm.training.train import train
 from longvlm.training.tuning import load_projector
 from tests.helpers.paths import ROOT
-from tests.helpers.tiny_models import save_tiny_longvlm, tiny_text_config, write_video
+from tests.helpers.tiny_models import save_tiny_longvlm, tiny_text_config
+from tests.helpers.video_files import write_video
 
 LLM = "model.language_model"
 
@@ -42,8 +43,8 @@ def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
     save_tiny_longvlm(folder / "model", text_config=lively(), untrained_parts=["multi_modal_projector"])
     (folder / "videos").mkdir()
-    write_video(folder / "videos" / "a.mp4", num_frames=9)
-    write_video(folder / "videos" / "b.mp4", num_frames=24, width=32, height=32)
+    write_video(folder / "videos" / "a.mp4", 9)
+    write_video(folder / "videos" / "b.mp4", 24, size=(32, 32))
     rows = [{"video_id": "ab"[i % 2], "q": "Who?" * (1 + i % 3), "a": "A man."} for i in range(11)]
     rows += [{"q": "And two?", "a": "Four."}]
     (folder / "rows.json").write_text(json.dumps(rows))

@@ -11,8 +11,9 @@ from longvlm.training.collator import LongVLMDataCollator
 from longvlm.training.data import build_dataset
 from longvlm.training.formats import as_messages
 from tests.helpers.paths import FIXTURES
-from tests.helpers.tiny_models import tiny_config, tiny_processor, write_video
+from tests.helpers.tiny_models import tiny_config, tiny_processor
 from tests.helpers.tokenizers_for_tests import byte_level_tokenizer, original_tokenizer, unigram_tokenizer
+from tests.helpers.video_files import write_video
 
 GOLDEN = json.loads((FIXTURES / "labels.json").read_text())
 VIDEOINSTRUCT = json.loads((FIXTURES / "prompts.json").read_text())["videoinstruct"]
@@ -150,8 +151,8 @@ def test_all_forms_of_a_row_become_the_same_chat():
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory):
     folder = tmp_path_factory.mktemp("videos")
-    write_video(folder / "long.mp4", num_frames=24)
-    write_video(folder / "short.mp4", num_frames=3)
+    write_video(folder / "long.mp4", 24)
+    write_video(folder / "short.mp4", 3)
     (folder / "broken.mp4").write_bytes(b"no video at all")
     return folder
 

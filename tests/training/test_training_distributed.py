@@ -18,7 +18,8 @@ from longvlm.features.store import FeatureWriter
 from longvlm.training.arguments import parse_arguments
 from longvlm.training.train import train
 from tests.helpers.paths import ROOT
-from tests.helpers.tiny_models import save_tiny_longvlm, tiny_longvlm, tiny_text_config, write_video
+from tests.helpers.tiny_models import save_tiny_longvlm, tiny_longvlm, tiny_text_config
+from tests.helpers.video_files import write_video
 
 
 def documented(name, folder):
@@ -99,7 +100,7 @@ def test_fsdp_on_two_processes_trains_to_the_weights_of_one_with_twice_the_batch
     (tmp_path / "videos").mkdir()
     with FeatureWriter(tmp_path / "features", num_global_layers=2) as features:
         for name, frames in (("a", 9), ("b", 24)):
-            write_video(tmp_path / "videos" / f"{name}.mp4", num_frames=frames)
+            write_video(tmp_path / "videos" / f"{name}.mp4", frames)
             features.add(name, torch.randn(12, 64), torch.randn(2, 64))
     rows = [{"video": "ab"[i % 2], "question": "Who?" * (1 + i % 3), "answer": "A man."} for i in range(12)]
     (tmp_path / "rows.json").write_text(json.dumps(rows))

@@ -27,15 +27,12 @@ from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_longvlm import LongVLMConfig
-from .remote_code import CONFIG_ENTRIES, code_named
+from .remote_code import code_named
 from .token_merging import merge_tokens
 from .video_state_longvlm import LongVLMVideoState
 from .vision_tower_longvlm import frames_for, to_device_of, vision_encoder
 
 logger = logging.get_logger(__name__)
-
-# conversion/original.py still asks here; `remote_code.save_code_and_config` does what it needs.
-AUTO_MAP, CUSTOM_PIPELINES = CONFIG_ENTRIES["auto_map"], CONFIG_ENTRIES["custom_pipelines"]
 
 _NOT_BOTH = "give pixel_values_videos or video_features, not both: the features replace the pixels"
 

@@ -72,9 +72,8 @@ def test_a_line_that_breaks_a_rule_is_found(module, line, rule):
 
 
 def test_only_the_command_line_speaks_of_flags():
-    """Errors and docstrings of the library name arguments; scripts that have flags of their own may tell about them."""
+    """Errors and docstrings of the library name arguments; scripts may name their own flags."""
     scripts = [name for name, source in SOURCES.items() if 'if __name__ == "__main__"' in source]
-    # Flags of other programs: pip, ffmpeg, git, accelerate.
     flag = re.compile(r"(?<![\w-])--[a-z][a-z-]+")
     for name, source in SOURCES.items():
         if not name.startswith("longvlm") or name.startswith("longvlm_cli") or name in scripts:

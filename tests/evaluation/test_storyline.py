@@ -465,7 +465,7 @@ def test_the_written_benchmark_loads_and_goes_on_where_it_was_stopped(tmp_path, 
     folder, calls = tmp_path / "storyline", []
     options = {"num_stories": {"train": 3, "test": 2}, "videos": True, "duration": 10, "fps": 5, "size": 32}
 
-    def stop(done, total):
+    def stop(stage, done, total):
         calls.append((done, total))
         if len(calls) == 2:
             raise KeyboardInterrupt

@@ -1,5 +1,5 @@
-# make demo   sets up, makes a video, asks longvlm-tiny about it and shows the answers next to the truth
-# make test   sets up, then runs the tests (SLOW=1: also those that take long, as CI does)
+# make demo   sets up, makes a video, asks longvlm-tiny about it and prints the answers next to the truth
+# make test   sets up, then runs the tests (SLOW=1: slow ones as well, as CI does)
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -29,7 +29,7 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(PYTEST)
 
-# The oldest transformers that is supported lies in a folder of its own, in front of the environment's.
+# The oldest supported transformers is installed into a folder of its own, which goes in front of the environment's.
 $(OLD)/.complete: Makefile | $(STAMP)
 	test -d $(OLD)/transformers || $(BIN)/python -m pip install --quiet --target $(OLD) 'transformers==$(FLOOR).*'
 	touch $@
@@ -48,7 +48,7 @@ lint: $(STAMP) types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# mypy does not see through an editable install: it gets the namespace as a tree of links.
+# mypy does not see through an editable install, so it gets the namespace as a tree of links.
 PARTS := modeling_longvlm processing features conversion publishing training evaluation
 types: $(STAMP)
 	@rm -rf .cache/types && mkdir -p .cache/types/longvlm
@@ -60,11 +60,11 @@ style: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# A real language model on Storyline: about 50 minutes on 2 cores; goes on where it was stopped.
+# Trains a real language model on Storyline: about 50 minutes on 2 cores; resumes an interrupted run.
 smollm2: $(STAMP)
 	$(BIN)/python -m recipes.smollm2.run --out .cache/smollm2 --report docs/smollm2.md
 
-# Trains longvlm-tiny from nothing (about 2 hours on 2 cores), and goes on where it was stopped.
+# Trains longvlm-tiny from scratch: about 2 hours on 2 cores; resumes an interrupted run.
 tiny: $(STAMP)
 	$(BIN)/python -m recipes.tiny.build --out longvlm/longvlm-tiny --work .cache/tiny
 

@@ -1,6 +1,6 @@
-"""Puts `hub_card.md`, which lies beside the packages, into the wheel as `longvlm/hub_card.md`.
+"""Puts `hub_card.md`, which is next to the packages, into the wheel as `longvlm/hub_card.md`.
 
-Everything else about the build stands in `pyproject.toml`. In an editable install the checkout's own file is read.
+Everything else about the build is in `pyproject.toml`. An editable install reads the file in the checkout.
 """
 
 from pathlib import Path

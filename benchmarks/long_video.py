@@ -4,7 +4,7 @@
 
 Both are made on the spot (160 x 120, 10 frames a second, H.264), and each is asked about in a process of its own,
 whose peak memory the system counts. The model is a small untrained one with frames of 224 x 224, of which 100 are
-taken, or with `--fps` so many a second: then the hour has sixty times the frames of the minute. Exit code 1 if the
+taken, or with `--fps` that many per second: then the hour has sixty times the frames of the minute. Exit code 1 if the
 hour takes more than `--limit` times the memory of the minute.
 """
 
@@ -81,7 +81,7 @@ def environment() -> dict[str, str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--hours", type=float, default=1.0)
-    parser.add_argument("--fps", help="take so many frames a second, instead of 100 in all")
+    parser.add_argument("--fps", help="frames taken per second, instead of 100 in all")
     parser.add_argument("--limit", type=float, default=1.2, help="largest ratio of the two peaks")
     parser.add_argument("--json", action="store_true", help="the numbers as one JSON object")
     options = parser.parse_args()

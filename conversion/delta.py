@@ -28,7 +28,7 @@ def is_delta(weights: Mapping[str, Tensor]) -> bool:
 
 class DeltaSum(Mapping[str, Tensor]):
     """
-    A base plus a delta: each tensor is summed when it is asked for, in the delta's dtype.
+    A base plus a delta: each tensor is summed when it is read, in the delta's dtype.
 
     Rows of the vocabulary beyond the base's are the delta's own, and so are a projector and a vision tower.
 

@@ -226,7 +226,7 @@ def _language_part(checkpoint: _Checkpoint, weights: Mapping[str, torch.Tensor],
     state |= {key: tensor for key, tensor in weights.items() if key.startswith("lm_head.")}
     if EMBEDDINGS not in weights:
         raise ValueError(
-            f"{name} holds no language model ({EMBEDDINGS.removeprefix(LLM)} is missing); is it only a projector?"
+            f"{name} contains no language model ({EMBEDDINGS.removeprefix(LLM)} is missing); is it only a projector?"
         )
     config.vocab_size = len(weights[EMBEDDINGS])
     model, info = _load(model_class, config, state, dtype or weights[EMBEDDINGS].dtype)
@@ -279,7 +279,7 @@ def _vision_part(checkpoint: _Checkpoint, weights: Mapping[str, torch.Tensor], v
 def _tower(config: PreTrainedConfig, state: dict[str, torch.Tensor], dtype, name: str):
     model_class = MODEL_MAPPING[type(config)]
     if not state:
-        raise ValueError(f"{name} holds no vision encoder; give it as `vision`")
+        raise ValueError(f"{name} contains no vision encoder; give it as `vision`")
     tower, info = _load(model_class, config, state, dtype or next(iter(state.values())).dtype)
     _refuse_gaps(info, name, model_class.__name__)
     return tower.eval()
@@ -313,7 +313,7 @@ def _refuse_gaps(info: dict[str, Any], name: str, kind: str) -> None:
 
 def _complete_projector(state: dict[str, torch.Tensor], name: str) -> None:
     if "linear_1.weight" not in state:
-        raise ValueError(f"{name} holds no projector; give mm_projector.bin as `projector`")
+        raise ValueError(f"{name} contains no projector; give mm_projector.bin as `projector`")
     for layer in ("linear_1", "linear_2"):
         weight = state.get(f"{layer}.weight")
         if weight is not None:  # multimodal_projector_bias: false

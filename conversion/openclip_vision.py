@@ -268,7 +268,7 @@ def _state_dict(source: _Source, weights: Weights, prefix: str, config: CLIPVisi
         if any(name.startswith(sign) for name in own):
             raise _refusal(source.name, what)
     if not own:
-        raise ValueError(f"{source.file} holds no vision tower of open_clip (tensors named visual.*)")
+        raise ValueError(f"{source.file} contains no vision tower of open_clip (tensors named visual.*)")
     if "ln_pre.weight" not in own:
         raise _refusal(source.name, "has no layer norm before its layers (CLIPA)")
 

@@ -160,7 +160,7 @@ def convert_original(
     progress = progress or silent
     out = check_free(out, overwrite=overwrite)
     if vision is None:
-        raise ValueError("the original's checkpoints hold no vision encoder; give the CLIP model as `vision`")
+        raise ValueError("the original's checkpoints contain no vision encoder; give the CLIP model as `vision`")
     target = as_dtype(dtype)
     report = ConversionReport(layout=_choose_layout(layout, feature_file))
 
@@ -173,7 +173,9 @@ def convert_original(
     text_config = _text_config(llm_folder, tensors)
     text_config._name_or_path = short_name(llm)
     if projector is None and f"{PROJECTOR}linear_1.weight" not in tensors:
-        raise ValueError(f"{llm} holds no projector (model.mm_projector.weight); give mm_projector.bin as `projector`")
+        raise ValueError(
+            f"{llm} contains no projector (model.mm_projector.weight); give mm_projector.bin as `projector`"
+        )
     _grow_lm_head(tensors, report)
 
     progress("loading the vision encoder")
@@ -255,7 +257,7 @@ def _llm_tensors(llm: Path, delta: Path | None, report: ConversionReport) -> dic
             tensors[new] = _lazy(whole, old)
     for name in (EMBEDDINGS, LM_HEAD):
         if name not in tensors:
-            raise ValueError(f"{llm} holds no {name.removeprefix(LLM)}; give a complete LLaMA")
+            raise ValueError(f"{llm} contains no {name.removeprefix(LLM)}; give a complete LLaMA")
     return tensors
 
 
@@ -270,7 +272,7 @@ def _replace_by_projector(tensors: dict[str, _LazyTensor], file: Path, report: C
     replacements = map_names(stored, MM_PROJECTOR, file)
     new = {name: old for old, name in replacements.items() if name is not None}
     if f"{PROJECTOR}linear_1.weight" not in new or f"{PROJECTOR}linear_1.bias" not in new:
-        raise ValueError(f"{file} holds no model.mm_projector.weight and .bias, but {first_few(stored)}")
+        raise ValueError(f"{file} contains no model.mm_projector.weight and .bias, but {first_few(stored)}")
     if EMBEDDINGS in new:
         (rows, width), (own_rows, own_width) = stored.infos[new[EMBEDDINGS]].shape, tensors[EMBEDDINGS].info.shape
         if width != own_width:

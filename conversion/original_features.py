@@ -284,7 +284,7 @@ def convert_features(
         and tried again by the next run.
 
     Raises:
-        ValueError: a folder does not exist or holds no `.pkl`, or not a single file could be read.
+        ValueError: a folder does not exist or contains no `.pkl`, or not a single file could be read.
     """
     progress = progress or silent
     local, memory = Path(local), Path(memory)
@@ -293,7 +293,7 @@ def convert_features(
             raise ValueError(f"{folder} is not a folder")
     files = {file.relative_to(local).with_suffix("").as_posix(): file for file in sorted(local.rglob("*.pkl"))}
     if not files:
-        raise ValueError(f"{local} holds no .pkl files")
+        raise ValueError(f"{local} contains no .pkl files")
     report, reason = FeatureReport(), ""
     metadata = {"source": "released LongVLM code"}
     with (

@@ -59,7 +59,7 @@ class TensorInfo:
 
 class Weights(Mapping[str, Tensor]):
     """
-    The tensors of a checkpoint by name, each read when it is asked for; `infos` has their shapes and dtypes at once.
+    The tensors of a checkpoint by name, each read when it is used; `infos` has their shapes and dtypes.
 
     A tensor is mapped from its file: it takes no memory before it is used, and stays valid as long as it is held.
     What is written into it never reaches the file. Only files that cannot be mapped are held in memory, one at a time:
@@ -155,7 +155,9 @@ def _weight_files(source: Path) -> list[Path]:
                 "download it again"
             )
         return [source / shard for shard in shards]
-    raise ValueError(f"{source} holds no weights: {' or '.join(FILE_NAMES)}, whole or in shards with an index")
+    raise ValueError(
+        f"{source} contains no weights: {' or '.join(FILE_NAMES)}, in one file or in shards with an index"
+    )
 
 
 class _SafetensorsFile(Mapping[str, Tensor]):
@@ -206,7 +208,7 @@ def _read_pickle(file: Path, *, mmap: bool) -> dict[str, Tensor]:
     items = values.items() if isinstance(values, Mapping) else ()
     tensors = {name: value for name, value in items if isinstance(value, Tensor)}
     if not tensors:
-        raise ValueError(f"{file} holds no state dict, but a {type(values).__name__} without tensors")
+        raise ValueError(f"{file} contains no state dict, but a {type(values).__name__} without tensors")
     return tensors
 
 

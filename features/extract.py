@@ -114,7 +114,7 @@ def extract_features(
 
 
 def _adopt_parts(out: Path, made_by: Mapping[str, Any]) -> None:
-    """Moves the complete shards of the processes' folders into `out`, and makes its index anew."""
+    """Moves the complete shards of the processes' folders into `out`, and rebuilds its index."""
     for part in sorted(out.glob(PARTS)):
         lock = FileLock(part / ".lock")
         try:

@@ -206,7 +206,7 @@ class FeatureWriter:
 
 
 class FeatureReader(Mapping[str, StoredFeatures]):
-    """The features in a folder by the name of the video, in any order; only what is asked for is read.
+    """The features in a folder by the name of the video, in any order; only requested videos are read.
 
     May be copied to other processes (the workers of a `DataLoader`): each opens the shards itself.
 
@@ -216,7 +216,7 @@ class FeatureReader(Mapping[str, StoredFeatures]):
             of a model. Default: as many as the folder was made with.
 
     Raises:
-        ValueError: the folder holds no features, or fewer global ones.
+        ValueError: the folder contains no features, or fewer global ones.
     """
 
     def __init__(self, folder: str | Path, *, num_global_layers: int | None = None):
@@ -266,7 +266,7 @@ class FeatureReader(Mapping[str, StoredFeatures]):
 def _read_index(folder: Path) -> dict:
     file = folder / INDEX
     if not file.is_file():
-        raise ValueError(f"{folder} holds no features: {INDEX} is missing")
+        raise ValueError(f"{folder} contains no features: {INDEX} is missing")
     try:
         index = read_json_object(file)
         if index["format"] != FORMAT:

@@ -245,7 +245,7 @@ class LongVLMModel(LongVLMPreTrainedModel):
             )
         videos, max_frames = pixel_values_videos.shape[:2]
         if not videos:
-            raise ValueError("pixel_values_videos holds no video: leave it out for prompts without video")
+            raise ValueError("pixel_values_videos contains no video: leave it out for prompts without video")
         num_frames = [max_frames] * videos if num_frames is None else torch.as_tensor(num_frames).flatten().tolist()
         if len(num_frames) != videos or not all(1 <= n <= max_frames for n in num_frames):
             raise ValueError(

@@ -2,8 +2,8 @@
 
     python -m recipes.tiny.build --out longvlm/longvlm-tiny
 
-Encoder, features, language model, scores: each stage keeps what it made in `--work`, and the same command goes on
-where it was stopped.
+Encoder, features, language model, scores: each stage keeps its results in `--work`, and the same command resumes an
+interrupted run.
 """
 
 import argparse

@@ -46,7 +46,7 @@ class ScaffoldTrainer(Trainer):
 
 
 def fit(model: nn.Module, dataset: IterableDataset, collate, folder: Path, **options) -> None:
-    """Trains `model` in place; `folder` keeps checkpoints, so that the same call goes on after an interruption."""
+    """Trains `model` in place; `folder` keeps checkpoints, so that the same call resumes after an interruption."""
     arguments = TrainingArguments(
         output_dir=str(folder),
         remove_unused_columns=False,
@@ -63,7 +63,7 @@ def fit(model: nn.Module, dataset: IterableDataset, collate, folder: Path, **opt
         save_total_limit=1,
         dataloader_num_workers=1,
         dataloader_prefetch_factor=4,
-        # The data is made anew from another seed; to make it only to skip it would take as long as training.
+        # After an interruption the data come from another seed: making data only to skip it takes as long as training.
         ignore_data_skip=True,
         report_to=[],
         **options,

@@ -410,10 +410,10 @@ def test_wrong_folders_are_told_in_one_line(tmp_path, monkeypatch, capsys):
     (tmp_path / "empty").mkdir()
     out = ("--out", tmp_path / "out")
     assert "nowhere is not a folder" in refused(tmp_path / "nowhere", tmp_path / "empty", *out)
-    assert "holds no .pkl files" in refused(tmp_path / "empty", tmp_path / "empty", *out)
+    assert "contains no .pkl files" in refused(tmp_path / "empty", tmp_path / "empty", *out)
     shutil.copytree(FEATURES / "local", tmp_path / "local")
     assert "not one of 2 files could be read" in refused(tmp_path / "local", tmp_path / "empty", *out)
-    with pytest.raises(ValueError, match=r"holds no features: index.json is missing"):
+    with pytest.raises(ValueError, match=r"contains no features: index.json is missing"):
         FeatureReader(tmp_path / "empty")
     (tmp_path / "empty" / "index.json").write_text("{}")
     with pytest.raises(ValueError, match="is not an index of LongVLM features"):

@@ -449,7 +449,7 @@ class TestRefusals:
         for content, says in (
             ("{}", "is not an index of shards"),
             ("", "is not an index of shards"),
-            (None, "holds no weights"),
+            (None, "contains no weights"),
         ):
             index.unlink() if content is None else index.write_text(content)
             with pytest.raises(ValueError, match=says):
@@ -461,8 +461,8 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("change", "says"),
         [
-            (lambda state: {n: t for n, t in state.items() if "mm_projector" not in n}, "holds no projector"),
-            (lambda state: {n: t for n, t in state.items() if "mm_projector" in n}, "holds no language model"),
+            (lambda state: {n: t for n, t in state.items() if "mm_projector" not in n}, "contains no projector"),
+            (lambda state: {n: t for n, t in state.items() if "mm_projector" in n}, "contains no language model"),
             (
                 lambda state: {**state, "model.image_newline": torch.ones(3)},
                 r"holds model\.image_newline, which a LongVLM has no place for",

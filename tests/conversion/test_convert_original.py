@@ -355,7 +355,7 @@ def test_wrong_sources_are_told_in_one_line(vision, tmp_path):
     refused("is a whole model, not a delta; give it as `llm`", delta=BASE)
     refused(r"390 rows.*tokenizer of .* 384 tokens.*is this only the base\? give LLaVA's delta as `delta`", delta=None)
     refused("video tokens' rows are missing: give mm_projector.bin as `projector`", projector=None)
-    refused("hold no vision encoder; give the CLIP model as `vision`", vision=None)
+    refused("contain no vision encoder; give the CLIP model as `vision`", vision=None)
     refused("mm_projector.bin does not exist", projector=tmp_path / "mm_projector.bin")
     refused("is not a folder", llm=tmp_path / "nowhere" / "at" / "all")
     refused('`layout` "other" is not known; use one of paper, released', layout="other")
@@ -368,7 +368,7 @@ def test_wrong_sources_are_told_in_one_line(vision, tmp_path):
     for name in ("config.json", "pytorch_model.bin"):
         (folder := tmp_path / f"base without {name}").mkdir()
         shutil.copytree(BASE, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(name))
-        refused("has no config.json" if name == "config.json" else "holds no weights", llm=folder)
+        refused("has no config.json" if name == "config.json" else "contains no weights", llm=folder)
     shutil.copytree(DELTA, bare := tmp_path / "no tokenizer", ignore=shutil.ignore_patterns("tokenizer.model"))
     refused("no tokenizer: tokenizer.model", delta=bare)
 
@@ -384,7 +384,7 @@ def test_wrong_sources_are_told_in_one_line(vision, tmp_path):
     refused("gives 48 channels, but the language model has 32", projector=projector_of(**wide))
     refused("embeddings of width 48", projector=projector_of(**{"model.embed_tokens.weight": torch.zeros(390, 48)}))
     refused("rows are missing", projector=projector_of(**{"model.embed_tokens.weight": None}))
-    refused("holds no model.mm_projector.weight", projector=projector_of(**{"model.mm_projector.weight": None}))
+    refused("contains no model.mm_projector.weight", projector=projector_of(**{"model.mm_projector.weight": None}))
     refused("holds extra, which a LongVLM has no place for", projector=projector_of(extra=torch.zeros(1)))
 
     def widened(tensors):

@@ -102,7 +102,7 @@ def test_quantised_and_missing_weights_are_refused_by_name(tmp_path):
     with pytest.raises(ValueError, match="nowhere does not exist"):
         Weights(tmp_path / "nowhere")
     torch.save({"epoch": 3}, tmp_path / "other.bin")
-    with pytest.raises(ValueError, match=r"other\.bin holds no state dict, but a dict without tensors"):
+    with pytest.raises(ValueError, match=r"other\.bin contains no state dict, but a dict without tensors"):
         Weights(tmp_path / "other.bin")
 
 

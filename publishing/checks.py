@@ -158,7 +158,7 @@ def installed_code() -> dict[str, Path]:
 
 
 def code_problems(files: Mapping[str, Path]) -> list[str]:
-    """Whether a folder's code is that of the installed package, and its configuration points to it."""
+    """Where the code differs from that of the installed package, or the configuration does not point to it."""
     expected, problems = installed_code(), []
     remedy = "`update_code` uploads that of the installed version instead"
     missing = sorted(expected.keys() - files.keys())
@@ -172,6 +172,8 @@ def code_problems(files: Mapping[str, Path]) -> list[str]:
     for name in sorted(files):
         if name.endswith(".py") and name not in expected:
             problems.append(f"{name} is not code of this package: remove it, or leave it out with `exclude` {name}")
+    if "config.json" not in files:
+        return [*problems, "config.json is missing: save the model again, or do not leave it out with `exclude`"]
     config = read_json_object(files["config.json"])
     for key, value in (("auto_map", AUTO_MAP), ("custom_pipelines", CUSTOM_PIPELINES)):
         if config.get(key) != value:

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import CONFIG_MAPPING, GenerationConfig, LlamaConfig
-from transformers.dynamic_module_utils import custom_object_save
 
 from longvlm.conversion.checks import check_forward, check_projector, check_tensors, refuse_differences
 from longvlm.conversion.delta import DeltaSum, is_delta
@@ -30,7 +29,7 @@ from longvlm.conversion.progress import Progress, silent
 from longvlm.conversion.vision_encoder import load_vision
 from longvlm.conversion.weights import TensorInfo, Weights, WeightsWriter
 from longvlm.files import check_free, output_folder, read_json_object
-from longvlm.modeling_longvlm.modeling_longvlm import AUTO_MAP, CUSTOM_PIPELINES
+from longvlm.modeling_longvlm.remote_code import save_code_and_config
 from longvlm.processing.processing_longvlm import VIDEO_TOKENS
 from longvlm.registration import (
     LongVLMConfig,
@@ -371,10 +370,7 @@ def _save_rest(folder: Path, config: LongVLMConfig, llm: Path, processor: LongVL
     """Writes configuration, code and processor as `save_pretrained` of a loaded model would."""
     with torch.device("meta"):
         model = LongVLMForConditionalGeneration(config)
-    config.architectures = [type(model).__name__]
-    config.auto_map, config.custom_pipelines = dict(AUTO_MAP), CUSTOM_PIPELINES
-    custom_object_save(model, folder)
-    config.save_pretrained(folder)
+    save_code_and_config(model, folder)
     if (llm / "generation_config.json").is_file():
         generation = GenerationConfig.from_pretrained(llm)
     else:

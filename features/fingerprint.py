@@ -7,13 +7,10 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from longvlm.features.store import FeatureReader
 
 MERGING = (
     "frames_per_segment",
@@ -95,12 +92,12 @@ def _as_json(value: Any) -> Any:
     return dict(value) if isinstance(value, Mapping) else int(value)
 
 
-def check_features(reader: "FeatureReader", metadata: Mapping[str, Any], num_global_layers: int) -> None:
+def check_features(reader, metadata: Mapping[str, Any], num_global_layers: int) -> None:
     """
     Refuses features that were made in another way.
 
     Args:
-        reader: the features.
+        reader: the `FeatureReader` of the features.
         metadata: of `feature_metadata`: what they should depend on.
         num_global_layers: how many global features the model uses. More may be stored: the last ones are used.
 

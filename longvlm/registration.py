@@ -1,7 +1,6 @@
 """Makes the Auto classes and `pipeline()` of transformers know "longvlm".
 
-`register_for_auto_class` has `save_pretrained` put the code of each class next to the weights, so that a saved
-folder also loads where this package is not installed (with `trust_remote_code=True`).
+What saved folders need to load without this package is in `modeling_longvlm/remote_code.py`.
 """
 
 from transformers import (
@@ -18,6 +17,7 @@ from longvlm.modeling_longvlm.configuration_longvlm import LongVLMConfig
 from longvlm.modeling_longvlm.engine_longvlm import LongVLMEngine
 from longvlm.modeling_longvlm.modeling_longvlm import LongVLMForConditionalGeneration, LongVLMModel
 from longvlm.modeling_longvlm.pipeline_longvlm import VideoQuestionAnsweringPipeline
+from longvlm.modeling_longvlm.remote_code import CONFIG_ENTRIES, PIPELINE_TASK
 from longvlm.modeling_longvlm.token_merging import merge_tokens
 from longvlm.processing.processing_longvlm import LongVLMProcessor
 from longvlm.processing.video_decoding import VideoDecodeError
@@ -35,8 +35,6 @@ __all__ = [
     "merge_tokens",
 ]
 
-TASK = "video-question-answering"
-
 # exist_ok: reloading the module (notebooks) must not fail.
 AutoConfig.register("longvlm", LongVLMConfig, exist_ok=True)
 AutoModel.register(LongVLMConfig, LongVLMModel, exist_ok=True)
@@ -45,14 +43,8 @@ AutoModelForMultimodalLM.register(LongVLMConfig, LongVLMForConditionalGeneration
 AutoProcessor.register(LongVLMConfig, LongVLMProcessor, exist_ok=True)
 AutoVideoProcessor.register(LongVLMConfig, LongVLMVideoProcessor, exist_ok=True)
 PIPELINE_REGISTRY.register_pipeline(
-    TASK,
+    PIPELINE_TASK,
     pipeline_class=VideoQuestionAnsweringPipeline,
     pt_model=AutoModelForImageTextToText,
-    type="multimodal",
+    type=CONFIG_ENTRIES["custom_pipelines"][PIPELINE_TASK]["type"],
 )
-
-LongVLMConfig.register_for_auto_class("AutoConfig")
-LongVLMModel.register_for_auto_class("AutoModel")
-LongVLMForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
-LongVLMProcessor.register_for_auto_class("AutoProcessor")
-LongVLMVideoProcessor.register_for_auto_class("AutoVideoProcessor")

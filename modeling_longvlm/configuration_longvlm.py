@@ -1,7 +1,7 @@
 """The configuration of LongVLM: every choice of the method, one documented field each.
 
-The letters of the paper, used in shape comments throughout: T frames of a video, N patches of a frame, d width of the
-vision encoder, K frames of a segment, S segments of a video, M tokens of a segment, E global tokens, C merge heads.
+The letters of the paper, used in all shape comments: T frames in a video, N patches in a frame, d width of the vision
+encoder, K frames in a segment, S segments in a video, M tokens per merged segment, E global tokens, C merge heads.
 """
 
 import operator
@@ -9,7 +9,8 @@ import operator
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from .token_merging import clip_schedule
+from .remote_code import is_remote
+from .token_merging import check_method, clip_schedule
 
 # CLIP ViT-L/14 at 224 px, the paper's encoder.
 _DEFAULT_VISION_CONFIG = {
@@ -29,19 +30,19 @@ class LongVLMConfig(PreTrainedConfig):
     Configuration of a [`LongVLMModel`] or [`LongVLMForConditionalGeneration`]. The defaults are the paper's.
 
     Args:
-        vision_config (`PreTrainedConfig` or `dict`, *optional*): the vision encoder, any that `AutoModel` knows and
-            that turns an image into one token a patch (CLIP, SigLIP, DINOv2, ViT...). Default: CLIP ViT-L/14. Of a
-            configuration with a vision part (CLIP, SigLIP) that part is taken.
-        text_config (`PreTrainedConfig` or `dict`, *optional*): the LLM, any that `AutoModelForCausalLM` knows.
+        vision_config (`PreTrainedConfig` or `dict`, *optional*): the vision encoder: any that `AutoModel` knows and
+            that turns an image into one token per patch (CLIP, SigLIP, DINOv2, ViT...). Default: CLIP ViT-L/14. If the
+            configuration has a vision part (CLIP, SigLIP), that part is used.
+        text_config (`PreTrainedConfig` or `dict`, *optional*): the LLM: any that `AutoModelForCausalLM` knows.
             Default: Llama 7B.
-        frames_per_segment (`int`, defaults to 10): K. More frames in a segment: fewer tokens for the same video, and
-            a coarser account of what happens when.
-        tokens_per_segment (`int`, defaults to 30): M, what is left of a segment of K * N tokens. A segment with no
-            more than M tokens is not merged. With `merge_schedule` it is set to what the schedule leaves.
-        num_global_layers (`int`, defaults to 5): E, the number of last hidden states whose [CLS] tokens, averaged
-            over all frames, become the global tokens. 0: none.
+        frames_per_segment (`int`, defaults to 10): K. Longer segments give fewer tokens for the same video, and a
+            coarser account of what happens when.
+        tokens_per_segment (`int`, defaults to 30): M, what the K * N tokens of a segment are merged down to. A segment
+            of M tokens or fewer is not merged. With `merge_schedule` it is set to what the schedule leaves.
+        num_global_layers (`int`, defaults to 5): E. The [CLS] tokens of the last E hidden states, averaged over all
+            frames, become the global tokens. 0: none.
         vision_feature_layer (`int`, defaults to -2): the hidden state whose patch tokens are merged.
-        merge_schedule (`list[int]`, *optional*): pairs merged in each step. Default: halve, then the rest. The
+        merge_schedule (`list[int]`, *optional*): pairs merged in each step. Default: halve, then merge the rest. The
             schedule of the released script is `[2880, 1440, 720, 360, 180, 90, 40]`, which leaves 20 tokens.
         merge_similarity (`str`, defaults to `"mean_head"`): `"mean_head"` (the released code: one cosine of the mean
             over C slices of the feature) or `"per_head"` (the paper's equation 1: the mean of C cosines).
@@ -53,19 +54,21 @@ class LongVLMConfig(PreTrainedConfig):
         projector_type (`str`, defaults to `"linear"`): `"linear"` (d -> LLM width) or `"mlp2x_gelu"` (LLaVA-1.5's).
         video_token_id, video_start_token_id, video_end_token_id (`int`, *optional*): ids of `<vid_patch>`,
             `<vid_start>` and `<vid_end>`. Default: the last three rows of the LLM's embeddings.
-        vision_chunk_frames (`int`, defaults to 16): frames that go through the encoder at a time. Bounds the memory;
-            changes no result. May be changed on a loaded model.
-        image_size (`int`, *optional*): side of the square frames in pixels, where it is not the encoder's own (DINOv2
-            configurations say 518, which is 13,690 tokens a segment).
+        vision_chunk_frames (`int`, defaults to 16): how many frames the encoder sees at a time. Limits memory, does
+            not change results. May be changed on a loaded model.
+        image_size (`int`, *optional*): side of the square frames in pixels, if it is not the encoder's own (DINOv2
+            configurations say 518, which is 13,690 tokens per segment).
         lm_head_bias (`bool`, defaults to `False`): whether the LLM's output layer has a bias.
+        video_delimiters (`bool`, defaults to `True`): whether `<vid_start>` and `<vid_end>` stand around a video's
+            tokens.
 
     Raises:
-        ValueError: for impossible values, in one line that names the field, the value and the limit.
+        ValueError: a value is impossible; one line names the field, the value and the limit.
     """
 
     model_type = "longvlm"
     sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}  # noqa: RUF012 (as transformers has it)
-    # Both names of the key/value cache: `Trainer.predict` would try to gather it over the batches.
+    # `Trainer.predict` would try to gather these over the batches; the key/value cache has two names.
     keys_to_ignore_at_inference = ["past_key_values", "cache", "video_features"]  # noqa: RUF012
 
     def __init__(
@@ -113,20 +116,19 @@ class LongVLMConfig(PreTrainedConfig):
         self.video_start_token_id = vocab_size - 2 if video_start_token_id is None else video_start_token_id
         self.video_end_token_id = vocab_size - 1 if video_end_token_id is None else video_end_token_id
 
-        if not type(self).__module__.startswith("transformers_modules"):
-            # With this key in the configuration `pipeline()` insists on the folder's code; the installed package has
-            # registered the task itself. `save_pretrained` of the model writes the key again.
+        if not is_remote(type(self)):
+            # Given this key, `pipeline()` insists on the folder's code, although the installed package has registered
+            # the task. Saving the model writes the key again.
             kwargs.pop("custom_pipelines", None)
-        # `generate()` and tying look for it here; it is the LLM's to decide.
+        # transformers looks for it here, but it is up to the LLM.
         kwargs.setdefault("tie_word_embeddings", getattr(self.text_config, "tie_word_embeddings", False))
         self.validate_method()
         super().__init__(**kwargs)
 
     def validate_method(self) -> None:
         """Refuses values that the method cannot work with (see `Raises` of the class), and brings
-        `tokens_per_segment` in line with `merge_schedule`. The model calls it again: options may have been changed."""
+        `tokens_per_segment` in line with `merge_schedule`. Called again by the model, since fields can be changed."""
         layers = self.vision_config.num_hidden_layers
-        width = self.vision_config.hidden_size
         check_at_least("frames_per_segment", self.frames_per_segment, 1)
         check_at_least("tokens_per_segment", self.tokens_per_segment, 1)
         check_at_least("vision_chunk_frames", self.vision_chunk_frames, 1)
@@ -136,39 +138,35 @@ class LongVLMConfig(PreTrainedConfig):
         for name, value in ids.items():
             check_at_least(name, value, 0)
         if len(set(ids.values())) < len(ids):
-            raise ValueError(f"The three video tokens need ids of their own, got {ids}.")
+            raise ValueError(f"the three video tokens need ids of their own, got {ids}")
         if self.num_global_layers > layers:
             raise ValueError(
-                f"num_global_layers must be at most the {layers} layers of the vision encoder, got "
-                f"{self.num_global_layers}."
+                f"num_global_layers must be at most {layers}, the layers of the vision encoder, got "
+                f"{self.num_global_layers}"
             )
         check_at_least("vision_feature_layer", self.vision_feature_layer, -layers - 1)
         if self.vision_feature_layer > layers:
             raise ValueError(
-                f"vision_feature_layer must be a hidden state of the vision encoder, {-layers - 1} to {layers}, got "
-                f"{self.vision_feature_layer}."
-            )
-        if width % self.merge_num_heads:
-            raise ValueError(
-                f"merge_num_heads must divide the width {width} of the vision encoder, got {self.merge_num_heads}."
+                f"vision_feature_layer must be a hidden state of the vision encoder, from {-layers - 1} to {layers}, "
+                f"got {self.vision_feature_layer}"
             )
         if not isinstance(self.merge_schedule, (list, type(None))):
-            raise ValueError(f"merge_schedule must be a list of numbers of pairs, got {self.merge_schedule!r}.")
+            raise ValueError(f"merge_schedule must be a list with the pairs of each step, got {self.merge_schedule!r}")
         for r in self.merge_schedule or ():
-            check_at_least("every step of merge_schedule", r, 1)
-        _one_of("merge_similarity", self.merge_similarity, ("mean_head", "per_head"))
-        _one_of("merge_order", self.merge_order, ("matching", "time"))
+            check_at_least("each step of merge_schedule", r, 1)
+        width = self.vision_config.hidden_size
+        check_method(width, self.merge_num_heads, self.merge_similarity, self.merge_order, prefix="merge_")
         _one_of("global_placement", self.global_placement, ("prefix", "suffix", "none"))
         _one_of("projector_type", self.projector_type, ("linear", "mlp2x_gelu"))
         if not isinstance(self.video_delimiters, bool):
-            raise ValueError(f"video_delimiters must be True or False, got {self.video_delimiters!r}.")
+            raise ValueError(f"video_delimiters must be True or False, got {self.video_delimiters!r}")
         if self.image_size is not None and not isinstance(self.image_size, (list, tuple)):
             check_at_least("image_size", self.image_size, 1)
         (height, width), (patch_height, patch_width) = self.frame_size, _pair(self.vision_config.patch_size)
         if height < patch_height or width < patch_width:
             raise ValueError(
-                f"A frame must hold a patch at least: frames are {height} x {width} pixels, patches "
-                f"{patch_height} x {patch_width}."
+                f"a frame must hold at least one patch of {patch_height} x {patch_width} pixels, but frames are "
+                f"{height} x {width}: set a larger image_size"
             )
         if self.merge_schedule is not None:
             full = self.frames_per_segment * self.patches_per_frame
@@ -176,7 +174,7 @@ class LongVLMConfig(PreTrainedConfig):
 
     @property
     def frame_size(self) -> tuple[int, int]:
-        """Height and width, in pixels, of the frames that the vision encoder is given."""
+        """Height and width in pixels of the frames that the vision encoder is given."""
         return _pair(self.vision_config.image_size if self.image_size is None else self.image_size)
 
     @property
@@ -187,20 +185,20 @@ class LongVLMConfig(PreTrainedConfig):
 
     @property
     def num_global_tokens(self) -> int:
-        """Global tokens that really come out: E, or 0 if `global_placement` is `"none"`."""
+        """How many global tokens a video gets: E, or 0 if `global_placement` is `"none"`."""
         return 0 if self.global_placement == "none" else self.num_global_layers
 
     def segment_length(self, num_frames: int) -> int:
-        """K for a video of `num_frames` frames."""
+        """K of a video with `num_frames` frames."""
         return self.frames_per_segment
 
     def num_video_tokens(self, num_frames: int) -> int:
-        """Tokens that a video of `num_frames` frames gives the LLM, `<vid_start>` and `<vid_end>` not counted.
+        """How many tokens the LLM gets for a video of `num_frames` frames, `<vid_start>` and `<vid_end>` not counted.
 
         The last segment may be short; a segment gives `min(M, its patches)` tokens.
 
         Raises:
-            ValueError: if there is not a single frame.
+            ValueError: `num_frames` is less than 1.
         """
         check_at_least("num_frames", num_frames, 1)
         num_frames = operator.index(num_frames)
@@ -210,18 +208,18 @@ class LongVLMConfig(PreTrainedConfig):
         return self.total_video_tokens(sum(min(self.tokens_per_segment, n * self.patches_per_frame) for n in frames))
 
     def total_video_tokens(self, num_local_tokens: int) -> int:
-        """Tokens that a video of `num_local_tokens` merged tokens gives the LLM: the global ones come to them."""
+        """How many tokens the LLM gets for a video of `num_local_tokens` merged tokens: these and the global ones."""
         return num_local_tokens + self.num_global_tokens
 
 
 def _vision_config(value) -> PreTrainedConfig:
     config = _sub_config("vision_config", value, "clip_vision_model", _DEFAULT_VISION_CONFIG)
-    config = getattr(config, "vision_config", config)  # of CLIP or SigLIP with both towers
+    config = getattr(config, "vision_config", config)  # CLIP and SigLIP also have a text tower
     missing = [n for n in ("hidden_size", "num_hidden_layers", "image_size", "patch_size") if not hasattr(config, n)]
     if missing:
         raise ValueError(
-            f"vision_config has model_type {config.model_type!r}, which has no {', '.join(missing)}: the vision "
-            "encoder must turn square pictures into one token a patch (CLIP, SigLIP, DINOv2, ViT)."
+            f"vision_config has model_type {config.model_type!r}, which has no {', '.join(missing)}: use an encoder "
+            "that turns an image into one token per patch (CLIP, SigLIP, DINOv2, ViT)"
         )
     return config
 
@@ -231,7 +229,8 @@ def _text_config(value) -> PreTrainedConfig:
     known, causal = config.model_type in CONFIG_MAPPING, config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     if (known and not causal) or getattr(config, "is_encoder_decoder", False):
         raise ValueError(
-            f"text_config has model_type {config.model_type!r}, no causal language model such as Llama or Qwen."
+            f"text_config has model_type {config.model_type!r}, which is not a causal language model: use one such as "
+            "Llama or Qwen"
         )
     return config
 
@@ -243,12 +242,10 @@ def _sub_config(name: str, value, default_type: str, default: dict) -> PreTraine
         value = dict(value)
         model_type = value.pop("model_type", default_type)
         if model_type not in CONFIG_MAPPING:
-            raise ValueError(
-                f"{name} has model_type {model_type!r}, which this version of transformers does not know."
-            )
+            raise ValueError(f"{name} has model_type {model_type!r}, which this version of transformers does not know")
         return CONFIG_MAPPING[model_type](**value)
     if not isinstance(value, PreTrainedConfig):
-        raise ValueError(f"{name} must be a configuration or a dict, got {type(value).__name__}.")
+        raise ValueError(f"{name} must be a configuration or a dict, got {type(value).__name__}")
     return value
 
 
@@ -258,12 +255,14 @@ def _pair(size) -> tuple[int, int]:
 
 def check_at_least(name: str, value, limit: int) -> None:
     if not hasattr(value, "__index__") or isinstance(value, bool) or operator.index(value) < limit:
-        raise ValueError(f"{name} must be a whole number of at least {limit}, got {value!r}.")
+        raise ValueError(f"{name} must be a whole number of at least {limit}, got {value!r}")
 
 
 def _one_of(name: str, value, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
+
+LongVLMConfig.register_for_auto_class("AutoConfig")
 
 __all__ = ["LongVLMConfig"]

@@ -1,12 +1,12 @@
-"""The engine: a model, its processor and a cache of video features. Chat messages go in, answers come out.
+"""The engine: a model, its processor and a cache of video features. Chat messages in, answers out.
 
     engine = LongVLMEngine(model, processor)        # or longvlm.load(folder)
     engine.generate([{"role": "user", "content": [{"type": "video", "video": "film.mp4"},
                                                   {"type": "text", "text": "Who opens the door?"}]}])
 
-Everybody who asks a model goes through here: the pipeline, the command line, evaluation, a server. So this is the one
-place that encodes videos for questions, counts their tokens, builds prompts, runs the LLM and decodes what it says.
-Unusual: a video is encoded before the prompt is made, since its features say how many tokens stand in the prompt.
+Whoever asks a model does it through the engine: the pipeline, the command line, evaluation, a server. Nothing else
+encodes videos for questions, counts their tokens, builds prompts, runs the LLM and decodes its answers.
+Unusual: a video is encoded before the prompt is built, since its features say how many tokens it takes there.
 """
 
 import copy
@@ -29,16 +29,16 @@ Progress = Callable[[str, int, int], None]
 @dataclass
 class Answer:
     """
-    One answer, with what is known of it.
+    One answer in detail.
 
     Args:
-        text (`str`): without special tokens, and without white space around it.
-        token_ids (`list[int]`): what was generated, up to and with the end token.
-        logprobs (`list[float]`): log-probability of each of these tokens under the model, before temperature and
-            other processing.
-        finish_reason (`str`): `"stop"`: the model ended it, or a stop string did; `"length"`: it is as long as was
-            allowed; `"cancelled"`: `should_stop` said so.
-        prompt_tokens (`int`): tokens of the prompt, its videos' included.
+        text (`str`): the answer, without special tokens and surrounding white space.
+        token_ids (`list[int]`): the generated tokens, including the end token.
+        logprobs (`list[float]`): the log-probability of each of them under the model, before temperature and other
+            processing.
+        finish_reason (`str`): `"stop"`: ended by the model or a stop string; `"length"`: the longest answer allowed;
+            `"cancelled"`: `should_stop` said so.
+        prompt_tokens (`int`): tokens in the prompt, including those of its videos.
     """
 
     text: str
@@ -53,17 +53,17 @@ class LongVLMEngine:
     Args:
         model: a `LongVLMForConditionalGeneration`.
         processor: its `LongVLMProcessor`.
-        cache_bytes (`int`, defaults to 256 MiB): how much of the features of earlier videos is kept for further
-            questions; 0 keeps nothing. `engine.cache.clear()` forgets them.
+        cache_bytes (`int`, defaults to 256 MiB): limit on the features that are kept for further questions; 0 keeps
+            nothing. `engine.cache.clear()` drops them.
 
-    Threads may share an engine. Each call runs the model itself: whoever wants requests in one batch gathers them.
+    Threads may share an engine. It does not batch their calls: each runs the model on its own.
     """
 
     def __init__(self, model, processor, *, cache_bytes: int = 256 << 20):
         self.model = model
         self.processor = processor
         self.cache = VideoFeatureCache(cache_bytes)
-        # Tokenizers keep padding and truncation as state: two threads in one fail with "Already borrowed".
+        # Tokenizers keep padding and truncation as state: two threads at once fail with "Already borrowed".
         self._tokenizer_lock = threading.Lock()
 
     # --- videos ---
@@ -71,30 +71,31 @@ class LongVLMEngine:
     @torch.no_grad()
     def encode(self, video, *, progress: Progress | None = None, **video_options):
         """
-        The features of one video: from the cache, or decoded and encoded piece by piece in constant memory.
+        The features of one video: from the cache, or else decoded and encoded piece by piece, in constant memory.
 
         Args:
-            video: anything the video processor takes (a path, URL, bytes, a directory of pictures, frames), or
-                features, which come back as they are.
-            progress: called as `progress(stage, done, total)` in frames, with `stage` `"decode"` or `"encode"`; not
-                called if the features are in the cache, or another thread is encoding the video.
+            video: anything the video processor takes (a path, URL, bytes, a directory of images, frames), or
+                features, which are returned unchanged.
+            progress: called as `progress(stage, done, total)`, in frames, with the stages `"decode"` and `"encode"`;
+                not called if the features are in the cache or another thread is encoding the video.
             video_options: of the video processor: `num_frames`, `fps`, `max_frames`, `short_video`...
 
         Returns:
-            [`LongVLMVideoFeatures`] of one video. They may stand as `"video"` in messages.
+            [`LongVLMVideoFeatures`] of one video, which messages accept as `"video"`.
 
         Raises:
             VideoDecodeError: the video cannot be read.
+            ValueError: features were given that this model cannot use, or with video options.
         """
         if _are_features(video):
             if video_options:
-                raise ValueError(f"{', '.join(video_options)} cannot be applied to features that were encoded before")
+                raise ValueError(f"{', '.join(video_options)} cannot be applied to features: give the video itself")
             return self.model.base_model.check_video_features(video)
         settings = repr(sorted(video_options.items())), self.processor.video_processor.to_json_string(), self._method()
         if not _is_address(video):
             key = video_key(video, *settings)
             return self.cache.get_or_make(key, lambda: self._encode(video, video_options, progress))
-        # What came from there says which video it is: tomorrow the same address may hold another one.
+        # Its content is the key: the same address may hold another video tomorrow.
         with self.processor.video_processor.open_video(video) as source:
             key = video_key(source.path if not source.temporary and source.path else source.digest(), *settings)
             return self.cache.get_or_make(key, lambda: self._encode(source, video_options, progress))
@@ -122,7 +123,7 @@ class LongVLMEngine:
         return state.features().detach()
 
     def _method(self) -> str:
-        """All settings of the model that features depend on."""
+        """All settings of the model that its features depend on."""
         config = self.model.config.to_dict()
         config.pop("text_config", None)
         return f"{self.model.dtype} {sorted(config.items(), key=lambda item: item[0])}"
@@ -146,27 +147,27 @@ class LongVLMEngine:
         Answers one conversation, or a batch of them.
 
         Args:
-            messages: a conversation, `[{"role": ..., "content": ...}, ...]`, of one turn or several, with any number
-                of videos; or a list of conversations, which go through the LLM together. Content is text or a list of
-                parts, `{"type": "text", "text": ...}` and `{"type": "video", "video": ...}`; options of the video
-                processor stand in the part (`"num_frames": 50`). If the last message is the assistant's, the model
-                continues it.
-            max_new_tokens (`int`, *optional*): longest answer; default: what the model's generation
-                configuration says, else 256.
-            return_details (`bool`): give [`Answer`] instead of text.
-            return_full_text (`bool`): the text has the prompt before the answer.
-            should_stop: asked before each piece of video and each token; once it says True, what is there is returned.
+            messages: a conversation, `[{"role": ..., "content": ...}, ...]`, with any number of turns and videos; or a
+                list of conversations, which go through the LLM together. Content is text or a list of parts,
+                `{"type": "text", "text": ...}` and `{"type": "video", "video": ...}`; a video part may hold options of
+                the video processor (`"num_frames": 50`). If the last message is the assistant's, the model continues
+                it.
+            max_new_tokens (`int`, *optional*): tokens in the longest answer; default: as in the model's generation
+                configuration, else 256.
+            return_details (`bool`): return [`Answer`] instead of text.
+            return_full_text (`bool`): put the prompt before the answer.
+            should_stop: called before each chunk of video and each token; if it returns True, the answer ends there.
             progress: as in `encode`.
             chat_template (`str`, *optional*): another chat template, or the name of a built-in one.
             chat_template_kwargs (`dict`, *optional*): variables of the chat template.
             generate_kwargs: of `model.generate()`: `do_sample`, `temperature`, `num_beams`, `stop_strings`...
 
         Returns:
-            The answer, `str` or [`Answer`]; for a batch a list of them. With `num_return_sequences` above 1 each
+            The answer, `str` or [`Answer`]; for a batch, a list of them. With `num_return_sequences` above 1, each
             answer is a list.
 
         Raises:
-            ValueError: messages of another form.
+            ValueError: the messages do not have this form.
             VideoDecodeError: a video cannot be read.
         """
         conversations, is_batch = _as_conversations(messages)
@@ -178,26 +179,29 @@ class LongVLMEngine:
             answers = [[Answer("", [], [], "cancelled", 0)] for _ in conversations]
         else:
             answers = self._answer(prompt, should_stop, generate_kwargs, return_details, return_full_text)
-        results = [several if return_details else [answer.text for answer in several] for several in answers]
+        results: list[Any] = [several if return_details else [one.text for one in several] for several in answers]
         results = [several[0] if len(several) == 1 else several for several in results]
         return results if is_batch else results[0]
 
     def stream(self, messages: Sequence, **options) -> Iterator[str]:
         """
-        Answers one conversation bit by bit; together the bits are what `generate` gives.
+        Answers one conversation bit by bit; joined, the bits are the text that `generate` returns.
 
-        The model runs in a thread of its own. Closing the iterator, or dropping it, stops the generation, also while
-        the video is still being encoded.
+        The model runs in its own thread. Closing or dropping the iterator stops it, even while the video is being
+        encoded.
 
         Args:
             messages: one conversation, as in `generate`.
-            options: as in `generate`; one answer, no beams.
+            options: as in `generate`, except for beams and several answers.
+
+        Raises:
+            ValueError: several conversations, answers or beams.
         """
         conversations, is_batch = _as_conversations(messages)
         if is_batch:
-            raise ValueError(f"stream answers one conversation at a time, got a list of {len(conversations)}")
+            raise ValueError(f"stream answers one conversation at a time, got {len(conversations)}: call it for each")
         if options.get("num_beams", 1) > 1 or options.get("num_return_sequences", 1) > 1:
-            raise ValueError("stream gives one answer without beams; leave num_beams and num_return_sequences out")
+            raise ValueError("stream gives one answer, without beams: leave out num_beams and num_return_sequences")
         return self._stream(conversations[0], options)
 
     def _stream(self, messages: list[dict], options: dict) -> Iterator[str]:
@@ -216,14 +220,14 @@ class LongVLMEngine:
             except BaseException as error:
                 failure.append(error)
             finally:
-                streamer.text_queue.put(streamer.stop_signal)  # also where generation never began
+                streamer.text_queue.put(streamer.stop_signal)  # even if generation never began
 
         thread = threading.Thread(target=run, name="longvlm-stream", daemon=True)
         thread.start()
         try:
             started, space = False, ""
             for text in streamer:
-                # White space around the answer is left out, as in `generate`; what is within waits for the next word.
+                # No white space around the answer, as in `generate`; within it, it is sent with the next word.
                 text = space + text if started else text.lstrip()
                 word = text.rstrip()
                 space = text[len(word) :]
@@ -247,14 +251,14 @@ class LongVLMEngine:
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[float]:
         """
-        How likely each choice is as the assistant's answer: the sum of the log-probabilities of its tokens, up to and
-        with the end of the turn.
+        How likely each choice is as the assistant's answer: the sum of the log-probabilities of its tokens, including
+        the end of the turn.
 
-        The tokens of a choice are those that the conversation with this answer, rendered and tokenized as a whole, has
-        beyond the generation prompt. What all choices share, the video above all, goes through the LLM once.
+        A choice's tokens are those after the generation prompt when the conversation with this answer is rendered and
+        tokenized as a whole. What all choices share, above all the video, goes through the LLM once.
 
         Args:
-            messages: a conversation that waits for an answer.
+            messages: a conversation that needs an answer.
             choices: the answers to compare.
             progress, chat_template, chat_template_kwargs: as in `generate`.
 
@@ -262,17 +266,17 @@ class LongVLMEngine:
             Log-likelihoods (natural logarithm), one for each choice.
 
         Raises:
-            ValueError: no choices, or one that is not text; or a conversation that ends with the assistant's answer.
+            ValueError: there are no choices, one is not text, or the conversation already ends with an answer.
         """
         conversations, is_batch = _as_conversations(messages)
         if is_batch:
-            raise ValueError(f"score_choices takes one conversation, got a list of {len(conversations)}")
+            raise ValueError(f"score_choices takes one conversation, got {len(conversations)}: call it for each")
         messages = conversations[0]
         choices = list(choices)
         if not choices or not all(isinstance(choice, str) and choice.strip() for choice in choices):
-            raise ValueError(f"choices must be texts that are not empty, got {choices!r:.200}")
+            raise ValueError(f"choices must be non-empty strings, got {choices!r:.200}")
         if messages[-1]["role"] == "assistant":
-            raise ValueError("the conversation ends with an answer; score_choices needs one that waits for it")
+            raise ValueError("the conversation ends with an answer: leave out the assistant's last message")
         answered = [[*messages, {"role": "assistant", "content": choice}] for choice in choices]
         template = chat_template, chat_template_kwargs
         messages, features = self._take_features(messages, progress, None)
@@ -284,33 +288,33 @@ class LongVLMEngine:
         ends = [self._end_of_turn(ids, start) for ids, start in zip(choice_ids, starts, strict=True)]
         for choice, start, end in zip(choices, starts, ends, strict=True):
             if start == end:
-                raise ValueError(f"the chat template leaves nothing of the choice {choice!r:.80}")
+                raise ValueError(f"the chat template drops the choice {choice!r:.80}: use another chat_template")
         shared = min(starts)
         if self._num_placeholders(prompt_ids[:shared]) == self._num_placeholders(prompt_ids):
             prefill = self._prefill(prompt_ids[:shared], features)
             continuations = (
                 self._continue(prefill, ids[shared:end]) for ids, end in zip(choice_ids, ends, strict=True)
             )
-        else:  # a template that writes something of the answer before the video
+        else:  # the template writes part of the answer before the video
             whole = (self._prefill(ids[:end], features, keep=end) for ids, end in zip(choice_ids, ends, strict=True))
             shared, continuations = 1, (logits[0] for logits, _, _ in whole)
         scores = []
         for logits, ids, start, end in zip(continuations, choice_ids, starts, ends, strict=True):
-            # Row i of the logits predicts token shared + i.
+            # logits[i] predict token shared + i.
             targets = torch.tensor(ids[start:end], device=logits.device)
-            rows = logits[start - shared : end - shared].float().log_softmax(-1)
-            scores.append(rows.gather(-1, targets[:, None]).sum().item())
+            logprobs = logits[start - shared : end - shared].float().log_softmax(-1)
+            scores.append(logprobs.gather(-1, targets[:, None]).sum().item())
         return scores
 
     # --- from messages to the model's input ---
 
     def _take_features(self, messages, progress, should_stop) -> tuple[list[dict], Any]:
-        """A conversation -> the same with bare places, and the features of its videos in one (`None`: no video)."""
+        """-> the conversation with empty video parts, and the features of all its videos (`None`: no video)."""
         messages, videos = self.processor.take_videos(messages)
         features = []
         for part in videos:
             if part.video is None:
-                raise ValueError('a video part without a video: write {"type": "video", "video": ...}')
+                raise ValueError('a video part comes without a video: write {"type": "video", "video": ...}')
             features.append(self.encode(part.video, progress=_stoppable(progress, should_stop), **part.options))
         return messages, type(features[0]).cat(features) if features else None
 
@@ -358,13 +362,15 @@ class LongVLMEngine:
             logprobs = self.model.compute_transition_scores(generated.sequences, logits, beams, normalize_logits=True)
         each = len(answers) // len(prompt["input_ids"])  # num_return_sequences
         result: list[list[Answer]] = [[] for _ in prompt["input_ids"]]
-        for row, ids in enumerate(answers.tolist()):
-            prompt_ids = prompt["input_ids"][row // each][prompt["attention_mask"][row // each].bool()].tolist()
+        for i, ids in enumerate(answers.tolist()):
+            conversation = i // each
+            is_token = prompt["attention_mask"][conversation].bool()
+            prompt_ids = prompt["input_ids"][conversation][is_token].tolist()
             ids, text, reason = self._read_answer(ids, stopping.stopped, options)
             if full_text:
                 text = self.processor.tokenizer.decode(prompt_ids + ids, skip_special_tokens=True).strip()
-            scores = [] if logprobs is None else logprobs[row, : len(ids)].tolist()
-            result[row // each].append(Answer(text, ids, scores, reason, len(prompt_ids)))
+            scores = [] if logprobs is None else logprobs[i, : len(ids)].tolist()
+            result[conversation].append(Answer(text, ids, scores, reason, len(prompt_ids)))
         return result
 
     def _with_defaults(self, options: dict) -> dict[str, Any]:
@@ -377,10 +383,10 @@ class LongVLMEngine:
         return options
 
     def _read_answer(self, ids: list[int], cancelled: bool, options: Mapping) -> tuple[list[int], str, str]:
-        """What was generated in a row, padding included -> token ids, text, finish reason."""
+        """One generated sequence, padding included -> token ids, text, finish reason."""
         ends, pad = self._end_token_ids(options), self._pad_token_id(options)
         end = next((i for i, token in enumerate(ids) if token in ends), None)
-        # After its end, a row is padded while others of the batch go on.
+        # After its end, a sequence is padded while others in the batch go on.
         padded = end is not None or ids[-1:] == [pad]
         ids = ids[: end + 1] if end is not None else ids[: len(ids) - _count_trailing(ids, pad)]
         text = self.processor.tokenizer.decode(ids, skip_special_tokens=True)
@@ -406,7 +412,7 @@ class LongVLMEngine:
     # --- choices ---
 
     def _token_ids(self, messages, features, template) -> list[int]:
-        """The conversation's token ids; one that the assistant does not end gets the opening of its turn."""
+        """The conversation's token ids, with the generation prompt if the assistant does not have the last word."""
         chat_template, variables = template
         text = self.processor.apply_chat_template(
             messages,
@@ -420,22 +426,22 @@ class LongVLMEngine:
             return list(self.processor(text=[text], num_video_tokens=counts)["input_ids"][0])
 
     def _end_of_turn(self, ids: list[int], start: int) -> int:
-        """Where the answer that begins at `start` ends, its end token included."""
+        """Where the answer that begins at `start` ends, including its end token."""
         tokenizer = self.processor.tokenizer
         ends = self._end_token_ids({}) | ({tokenizer.eos_token_id} - {None})
         specials = set(tokenizer.all_special_ids)
-        for wanted in (ends, specials):
-            found = [i for i in range(start, len(ids)) if ids[i] in wanted]
+        for tokens in (ends, specials):
+            found = [i for i in range(start, len(ids)) if ids[i] in tokens]
             if found:
-                # The first end token ends the turn; of other special tokens, some may open it.
-                return (found[0] if wanted is ends else found[-1]) + 1
+                # The first end token ends the turn; other special tokens may also open it.
+                return (found[0] if tokens is ends else found[-1]) + 1
         return len(ids)
 
     def _num_placeholders(self, ids: Sequence[int]) -> int:
         return list(ids).count(self.model.config.video_token_id)
 
     def _prefill(self, ids: list[int], features, keep: int = 1) -> tuple[Tensor, str, Any]:
-        """-> logits `(1, keep, vocabulary)` of the last `keep` tokens, and the cache with its name in this version."""
+        """-> logits `(1, keep, vocabulary)` of the last `keep` tokens, the cache's name in this version, the cache."""
         videos = {} if features is None else {"video_features": features}
         input_ids = torch.tensor([ids], device=self.model.device)
         outputs = self.model(input_ids=input_ids, use_cache=True, logits_to_keep=keep, return_dict=True, **videos)
@@ -446,7 +452,7 @@ class LongVLMEngine:
         """Logits `(len(ids), vocabulary)` that predict `ids` after the prefill; its cache stays as it was."""
         logits, name, cache = prefill
         if len(ids) > 1:
-            # A copy for each choice: right for every kind of cache layer; cropping it back is not.
+            # A copy for each choice: not every kind of cache layer can be cropped.
             input_ids = torch.tensor([ids[:-1]], device=self.model.device)
             outputs = self.model(input_ids=input_ids, use_cache=True, return_dict=True, **{name: copy.deepcopy(cache)})
             logits = torch.cat([logits, outputs.logits.to(logits.device)], dim=1)
@@ -461,11 +467,11 @@ class LongVLMEngine:
 
 
 class _Stopped(Exception):
-    """Ends the encoding of a video nobody waits for any more."""
+    """Ends the encoding of a video that nobody waits for."""
 
 
 class _StopWhenAsked(StoppingCriteria):
-    """Ends a generation as soon as `should_stop()` says so."""
+    """Ends a generation once `should_stop()` returns True."""
 
     def __init__(self, should_stop: Callable[[], bool] | None):
         self.should_stop, self.stopped = should_stop, False
@@ -497,7 +503,7 @@ def _are_features(video) -> bool:
 
 
 def _as_conversations(messages) -> tuple[list, bool]:
-    """-> conversations, and whether there was a list of them. What a message may be, the processor checks."""
+    """-> conversations, and whether a list of them was given. The processor checks the messages' content."""
     messages = getattr(messages, "messages", messages)
     if not isinstance(messages, (list, tuple)) or not messages:
         raise ValueError(f"messages must be a list of messages, or a list of such lists, got {messages!r:.80}")
@@ -518,7 +524,7 @@ def _count_trailing(ids: Sequence[int], value: int | None) -> int:
 
 
 def _common_length(one: Iterable[int], other: Iterable[int]) -> int:
-    """How many tokens two sequences begin with alike."""
+    """The length of the common beginning of two sequences."""
     count = 0
     for a, b in zip(one, other, strict=False):
         if a != b:

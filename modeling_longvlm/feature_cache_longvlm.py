@@ -1,8 +1,8 @@
-"""Remembers the features of the videos asked about last, so that the next question costs no decoding and no encoding.
+"""Keeps the features of recent videos, so that further questions need no decoding and no encoding.
 
 A video of the default 100 frames is 305 tokens: 1.2 MB for ViT-L in float32. The least recently used videos go first.
-Many threads may use one cache. Several that ask about the same new video at the same moment wait for one of them to
-encode it (tried without: six threads encoded it six times).
+Threads may share a cache. If several ask about the same new video at once, one encodes it and the others wait (without
+this, six threads encoded it six times).
 """
 
 import hashlib
@@ -20,8 +20,7 @@ class VideoFeatureCache:
     """An LRU cache of `LongVLMVideoFeatures`, one video an entry, bounded in bytes. Safe for threads.
 
     Args:
-        max_bytes (`int`): when the features take more than this together, the least recently used are forgotten;
-            0 remembers nothing.
+        max_bytes (`int`): limit on the size of all features together; 0 keeps nothing.
     """
 
     def __init__(self, max_bytes: int):
@@ -34,7 +33,7 @@ class VideoFeatureCache:
         self._lock = threading.Lock()
 
     def get(self, key: bytes | None):
-        """The features, or `None`; the key `None` is never found."""
+        """The features, or `None` if they are not here; they never are for the key `None`."""
         with self._lock:
             if key not in self._entries:
                 return None
@@ -42,7 +41,7 @@ class VideoFeatureCache:
             return self._entries[key]
 
     def put(self, key: bytes | None, features) -> None:
-        """Remembers `features`, unless they alone are larger than the cache."""
+        """Keeps `features`, unless they alone are larger than the cache."""
         size = _num_bytes(features)
         if key is None or size > self.max_bytes:
             return
@@ -54,9 +53,9 @@ class VideoFeatureCache:
                 self._forget(next(iter(self._entries)))
 
     def get_or_make(self, key: bytes | None, make: Callable):
-        """The features; `make()` makes them if they are not here. Only one thread at a time makes those of a key.
+        """The features; `make()` makes them if they are not here. For each key, one thread at a time does so.
 
-        If `make` fails, its error goes to the thread that called it; a thread that waited tries for itself.
+        If `make` fails, the thread that called it gets the error; threads that waited try for themselves.
         """
         if key is None:
             return make()
@@ -65,21 +64,20 @@ class VideoFeatureCache:
                 if key in self._entries:
                     self._entries.move_to_end(key)
                     return self._entries[key]
-                others = self._making.get(key)
-                if others is None:
-                    mine = self._making[key] = threading.Event()
-            if others is None:
-                break
-            others.wait()
+                being_made = self._making.get(key)
+                if being_made is None:
+                    made = self._making[key] = threading.Event()
+                    break
+            being_made.wait()
         try:
-            # Features too large for the cache: those who wait make them again, one after another.
+            # If they are too large for the cache, threads that wait make them again, one after another.
             features = make()
             self.put(key, features)
             return features
         finally:
             with self._lock:
                 del self._making[key]
-            mine.set()
+            made.set()
 
     def _forget(self, key: bytes) -> None:
         if key in self._entries:
@@ -87,31 +85,31 @@ class VideoFeatureCache:
 
     @property
     def num_bytes(self) -> int:
-        """Size of all features that are remembered."""
+        """Size of all features that are kept."""
         return self._num_bytes
 
     def __len__(self) -> int:
         return len(self._entries)
 
     def clear(self) -> None:
-        """Forgets everything. Call it when the vision tower's weights have changed."""
+        """Drops everything. Call it when the vision tower's weights have changed."""
         with self._lock:
             self._entries.clear()
             self._num_bytes = 0
 
     def __reduce__(self):
-        # A copy in another process starts empty: locks cannot travel, and features are cheap to make again.
+        # A copy in another process starts empty: locks cannot be pickled, and features can be made again.
         return type(self), (self.max_bytes,)
 
 
 def video_key(video, *settings: str) -> bytes | None:
-    """A digest that tells one video from another, together with the settings it is seen by.
+    """A digest that identifies a video and the settings it is encoded with.
 
-    Of a file: its path, size and time of change; of anything else its content.
+    Files are identified by path, size and time of change; anything else by its content.
 
     Returns:
         `None` for what cannot be identified without using it up, such as a pipe or an open file, and for files that
-        cannot be read: whoever decodes them will say why.
+        cannot be read: the decoder will say why.
     """
     digest = hashlib.blake2b(digest_size=32)
     for setting in settings:
@@ -142,7 +140,7 @@ def _digest(video, digest) -> bool:
 
 def _digest_path(path, digest) -> bool:
     if isinstance(path, str) and path.startswith("data:"):
-        digest.update(path.encode())  # a URL that holds its video
+        digest.update(path.encode())  # a URL that contains its video
         return True
     try:
         folder = Path(os.fsdecode(path))
@@ -153,7 +151,7 @@ def _digest_path(path, digest) -> bool:
             if not (regular and os.access(file, os.R_OK)):
                 return False
             digest.update(repr((str(file.resolve()), status.st_mtime_ns, status.st_size)).encode())
-    except (OSError, ValueError):  # no such file; or no path at all, such as one with a NUL in it
+    except (OSError, ValueError):  # no such file, or not a path, such as one with a NUL in it
         return False
     return True
 

@@ -1,18 +1,18 @@
 """LongVLM: segments -> local tokens, averaged [CLS] tokens -> global tokens, projector, LLM (paper, section 3).
 
-`LongVLMModel.get_video_features` is the method; the rest is what every vision-language model of transformers has.
-Unusual: the vision tower sees a bounded number of frames at a time and a video is never held as patches, only as the
-M tokens of each finished segment and the running sums of the global tokens. So memory does not grow with a video's
-length, and the features of one video do not depend on its neighbours in the batch.
+`LongVLMModel.get_video_features` is the method; the rest is what every vision-language model in transformers has.
+Unusual: the vision tower sees a limited number of frames at a time, and of a video's patches only the M tokens of each
+finished segment and the running sums of the global tokens are kept. So memory hardly grows with a video's length, and
+the features of one video do not depend on its neighbours in the batch.
 
-The key/value cache is not named here: transformers 5.17 calls it `past_key_values`, 5.24 `cache`. `**kwargs` has it.
+The key/value cache has no name here: it is `past_key_values` in transformers 5.17 and `cache` in 5.24. `**kwargs`
+carries it.
 Letters as in `configuration_longvlm.py`: T frames, N patches, d width, K, S, M, E.
 """
 
 import inspect
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -27,54 +27,37 @@ from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_longvlm import LongVLMConfig
+from .remote_code import code_named
 from .token_merging import merge_tokens
 from .video_state_longvlm import LongVLMVideoState
 from .vision_tower_longvlm import frames_for, to_device_of, vision_encoder
 
-if TYPE_CHECKING:
-    # This line makes the pipeline's file travel with a saved checkpoint: transformers copies what is imported here.
-    from .pipeline_longvlm import VideoQuestionAnsweringPipeline  # noqa: F401
-
 logger = logging.get_logger(__name__)
 
-# What a saved folder tells transformers where the package is not installed.
-AUTO_MAP = {
-    "AutoConfig": "configuration_longvlm.LongVLMConfig",
-    "AutoModel": "modeling_longvlm.LongVLMModel",
-    "AutoModelForImageTextToText": "modeling_longvlm.LongVLMForConditionalGeneration",
-    "AutoModelForMultimodalLM": "modeling_longvlm.LongVLMForConditionalGeneration",
-}
-CUSTOM_PIPELINES = {
-    "video-question-answering": {
-        "impl": "pipeline_longvlm.VideoQuestionAnsweringPipeline",
-        "pt": ["AutoModelForImageTextToText"],
-        "type": "multimodal",
-    }
-}
-
-_NOT_BOTH = "Give pixel_values_videos or video_features, not both: the features replace the pixels."
+_NOT_BOTH = "give pixel_values_videos or video_features, not both: the features replace the pixels"
 
 
 @dataclass
 class LongVLMVideoFeatures(BaseModelOutputWithPooling):
     """
-    What `get_video_features` returns: the features of some videos, to be used for any number of questions. The model
-    brings them to its own devices and dtype.
+    What `get_video_features` returns: the features of one or more videos, good for any number of questions. They may
+    be on any device and in any dtype.
 
     Args:
-        last_hidden_state (`Tensor` of shape `(videos, max n_i, d)`): a video's tokens in the order in which the LLM
-            gets them, before the projector; zeros after the last.
+        last_hidden_state (`Tensor` of shape `(videos, max n_i, d)`): each video's tokens in the order in which
+            the LLM gets them, before the projector, padded with zeros.
         pooler_output (`tuple` of `Tensor` of shape `(n_i, LLM width)`): the same after the projector, video by video.
-        local_features (`tuple` of `Tensor` of shape `(L_i, d)`): merged tokens of a video's segments, in a row.
-        global_features (`Tensor` of shape `(videos, E, d)`): [CLS] tokens of the last E hidden states, averaged over
-            the video's frames.
-        num_frames (`tuple` of `int`, *optional*): frames that each video was encoded from.
-        duration (`tuple` of `float` or `None`, *optional*): length of each video in seconds, where it is known.
+        local_features (`tuple` of `Tensor` of shape `(L_i, d)`): each video's merged tokens, segment after
+            segment.
+        global_features (`Tensor` of shape `(videos, E, d)`): [CLS] tokens of the last E hidden states, averaged
+            over the video's frames.
+        num_frames (`tuple` of `int`, *optional*): the number of frames of each video.
+        duration (`tuple` of `float` or `None`, *optional*): length of each video in seconds, if known.
         frames_per_segment (`tuple` of `int`, *optional*): K of each video.
         segment_seconds (`tuple` of `Tensor` of shape `(S_i, 2)` or `None`, *optional*): times, in seconds, of the
-            first and the last frame of each segment, where they are known.
-        hidden_states, attentions (`tuple` of `Tensor`, on request): of the vision tower, layer by layer, the frames of
-            all videos one after another.
+            first and the last frame of each segment, if known.
+        hidden_states, attentions (`tuple` of `Tensor`, on request): of the vision tower, layer by layer, for the
+            frames of all videos one after another.
     """
 
     local_features: tuple[Tensor, ...] | None = None
@@ -85,7 +68,7 @@ class LongVLMVideoFeatures(BaseModelOutputWithPooling):
     segment_seconds: tuple[Tensor | None, ...] | None = None
 
     def select(self, videos: Iterable[int]) -> "LongVLMVideoFeatures":
-        """The features of the videos with these numbers, in this order; a number may come more than once."""
+        """The features of the videos with these numbers, in this order; a number may occur more than once."""
         videos = list(videos)
         return type(self)(
             pooler_output=self.pooler_output and tuple(self.pooler_output[i] for i in videos),
@@ -96,7 +79,7 @@ class LongVLMVideoFeatures(BaseModelOutputWithPooling):
 
     @classmethod
     def cat(cls, features: "Iterable[LongVLMVideoFeatures]") -> "LongVLMVideoFeatures":
-        """The videos of several outputs in one: what a question needs of them."""
+        """The videos of several outputs in one, without what questions do not need."""
         features = list(features)
         facts: dict[str, tuple] = {}
         for name in _FACTS:
@@ -110,7 +93,7 @@ class LongVLMVideoFeatures(BaseModelOutputWithPooling):
         )
 
     def detach(self) -> "LongVLMVideoFeatures":
-        """What a question needs, without a graph: local and global features, and what is known of the videos."""
+        """What questions need, outside the autograd graph: local and global features, and facts about the videos."""
         return type(self)(
             local_features=tuple(local.detach() for local in self.local_features),
             global_features=self.global_features.detach(),
@@ -118,12 +101,12 @@ class LongVLMVideoFeatures(BaseModelOutputWithPooling):
         )
 
     def num_tokens(self, config: LongVLMConfig) -> list[int]:
-        """How many tokens each video gives the LLM."""
+        """How many tokens the LLM gets for each video."""
         return [config.total_video_tokens(len(local)) for local in self.local_features]
 
     @property
     def num_bytes(self) -> int:
-        """Size of the local and global features."""
+        """Size of the local and global features in bytes."""
         return sum(t.numel() * t.element_size() for t in (*self.local_features, self.global_features))
 
 
@@ -131,7 +114,7 @@ _FACTS = ("num_frames", "duration", "frames_per_segment", "segment_seconds")
 
 
 def video_facts(features: Mapping) -> dict[str, tuple | None]:
-    """What features, or a mapping that stands for them, know of their videos beside the tokens."""
+    """What features, or a mapping in their place, say about their videos."""
     return {name: features.get(name) for name in _FACTS}
 
 
@@ -139,7 +122,7 @@ def video_facts(features: Mapping) -> dict[str, tuple | None]:
 class LongVLMModelOutputWithPast(BaseModelOutputWithPast):
     """
     Args:
-        video_features ([`LongVLMVideoFeatures`], *optional*): features of the videos, if there were any.
+        video_features ([`LongVLMVideoFeatures`], *optional*): features of the videos, if any.
     """
 
     video_features: LongVLMVideoFeatures | None = None
@@ -149,7 +132,7 @@ class LongVLMModelOutputWithPast(BaseModelOutputWithPast):
 class LongVLMCausalLMOutputWithPast(CausalLMOutputWithPast):
     """
     Args:
-        video_features ([`LongVLMVideoFeatures`], *optional*): features of the videos, if there were any.
+        video_features ([`LongVLMVideoFeatures`], *optional*): features of the videos, if any.
     """
 
     video_features: LongVLMVideoFeatures | None = None
@@ -184,28 +167,15 @@ class LongVLMPreTrainedModel(PreTrainedModel):
 
     def post_init(self):
         super().post_init()
-        # CLIP's list also names parts of its text model; FSDP's wrapping fails at a name that is not in the model.
-        there = {type(module).__name__ for module in self.modules()}
+        # CLIP's list also names parts of its text model; FSDP fails at a class that the model does not contain.
+        contained = {type(module).__name__ for module in self.modules()}
         listed = getattr(self, "_no_split_modules", None) or ()
-        self._no_split_modules = {name for name in listed if name in there}
+        self._no_split_modules = {name for name in listed if name in contained}
 
     def save_pretrained(self, save_directory, **kwargs):
-        """As in transformers; the configuration also names the code and the pipeline that come with the weights."""
-        had = {name: getattr(self.config, name, None) for name in ("auto_map", "custom_pipelines")}
-        self.config.auto_map = dict(AUTO_MAP)
-        self.config.custom_pipelines = CUSTOM_PIPELINES
-        # FSDP derives a class in torch from each sharded model's; the code to be saved is where ours is.
-        kind = type(self)
-        self.__class__ = next(base for base in kind.__mro__ if not base.__module__.startswith("torch."))
-        try:
+        """As in transformers. The folder also gets the code, and config.json names it; see `remote_code.py`."""
+        with code_named(self):
             super().save_pretrained(save_directory, **kwargs)
-        finally:
-            self.__class__ = kind
-            for name, value in had.items():
-                if value is None:
-                    delattr(self.config, name)
-                else:
-                    setattr(self.config, name, value)
 
     def get_video_features(
         self, pixel_values_videos: Tensor, num_frames: Tensor | list[int] | None = None, **kwargs
@@ -218,12 +188,12 @@ class LongVLMPreTrainedModel(PreTrainedModel):
         return self.base_model.encode_video(pieces)
 
     def start_video(self, frames_per_segment: int | None = None, **kwargs) -> LongVLMVideoState:
-        """A video that grows; see [`LongVLMModel.start_video`]."""
+        """Starts a video that grows; see [`LongVLMModel.start_video`]."""
         return self.base_model.start_video(frames_per_segment, **kwargs)
 
 
 class LongVLMModel(LongVLMPreTrainedModel):
-    """Vision tower, token merging, projector and LLM, without a language modelling head.
+    """Vision tower, token merging, projector and LLM, without language modelling head.
 
     Args:
         config ([`LongVLMConfig`]): the configuration.
@@ -253,40 +223,38 @@ class LongVLMModel(LongVLMPreTrainedModel):
         **kwargs,
     ) -> tuple | LongVLMVideoFeatures:
         """
-        Encodes videos: the method of the paper, from pixels to what the LLM gets.
+        Encodes videos: the paper's method, from pixels to what the LLM gets.
 
         Args:
             pixel_values_videos (`Tensor` of shape `(videos, max_frames, 3, H, W)`): normalised frames, on any device.
-            num_frames (`Tensor` of shape `(videos,)` or list, *optional*): frames that each video really has; those
-                beyond are padding and change nothing. Default: all.
-            output_hidden_states, output_attentions (`bool`, *optional*): return those of the vision tower as well, for
-                all frames; then memory does grow with the videos. Default: what the configuration says.
+            num_frames (`Tensor` of shape `(videos,)` or list, *optional*): how many frames each video really has; the
+                rest is padding and is ignored. Default: all.
+            output_hidden_states, output_attentions (`bool`, *optional*): also return those of the vision tower for
+                all frames, which are large. Default: as in the configuration.
 
         Returns:
             [`LongVLMVideoFeatures`], with `n_i = config.num_video_tokens(num_frames[i])` tokens for video i.
 
         Raises:
-            ValueError: if the shapes or numbers of frames are impossible.
+            ValueError: a shape or a number of frames is impossible.
         """
         if pixel_values_videos.ndim != 5:
             raise ValueError(
-                "pixel_values_videos must be (videos, frames, channels, height, width), got shape "
-                f"{tuple(pixel_values_videos.shape)}."
+                "pixel_values_videos must have shape (videos, frames, channels, height, width), got "
+                f"{tuple(pixel_values_videos.shape)}"
             )
         videos, max_frames = pixel_values_videos.shape[:2]
         if not videos:
-            raise ValueError("pixel_values_videos holds no video: leave it out for prompts without video.")
+            raise ValueError("pixel_values_videos holds no video: leave it out for prompts without video")
         num_frames = [max_frames] * videos if num_frames is None else torch.as_tensor(num_frames).flatten().tolist()
         if len(num_frames) != videos or not all(1 <= n <= max_frames for n in num_frames):
             raise ValueError(
-                f"num_frames must hold a number from 1 to {max_frames} for each of {videos} videos, got {num_frames}."
+                f"num_frames must be a number from 1 to {max_frames} for each of {videos} videos, got {num_frames}"
             )
-        wanted = {
-            "hidden_states": self.config.output_hidden_states
-            if output_hidden_states is None
-            else output_hidden_states,
-            "attentions": self.config.output_attentions if output_attentions is None else output_attentions,
-        }
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        if output_attentions is None:
+            output_attentions = self.config.output_attentions
         encoded = []
         for video, frames in zip(pixel_values_videos, num_frames, strict=True):
             state = self.start_video(self.config.segment_length(frames))
@@ -299,15 +267,15 @@ class LongVLMModel(LongVLMPreTrainedModel):
             num_frames=tuple(num_frames),
             frames_per_segment=frames_per_segment,
         )
-        if any(wanted.values()):
+        if output_hidden_states or output_attentions:
             frames = torch.cat([video[:n] for video, n in zip(pixel_values_videos, num_frames, strict=True)])
-            for name, value in self._vision_outputs(frames, **wanted).items():
+            for name, value in self._vision_outputs(frames, output_hidden_states, output_attentions).items():
                 features[name] = value
         return features
 
     def start_video(self, frames_per_segment: int | None = None, **kwargs) -> LongVLMVideoState:
         """
-        A video that grows: append frames, read its features at any time.
+        Starts a video that grows: append frames, read its features at any time.
 
         Args:
             frames_per_segment (`int`, *optional*): K; default: the configuration's.
@@ -325,17 +293,17 @@ class LongVLMModel(LongVLMPreTrainedModel):
 
     def encode_video(self, pieces: Iterable[Tensor]) -> LongVLMVideoFeatures:
         """
-        The features of ONE video that comes in pieces: constant memory for any number of frames.
+        The features of ONE video, given in pieces: constant memory for any number of frames.
 
         Args:
-            pieces (iterable of `Tensor` of shape `(frames, 3, H, W)`): all frames in order of time, for example
-                `video_processor.iter_pixel_values(video)`. How they are cut changes nothing.
+            pieces (iterable of `Tensor` of shape `(frames, 3, H, W)`): runs of neighbouring frames, in order of time;
+                for example `video_processor.iter_pixel_values(video)`. Where they are cut makes no difference.
 
         Returns:
             [`LongVLMVideoFeatures`] of one video, equal to those of `get_video_features` for all frames at once.
 
         Raises:
-            ValueError: if there is not a single frame.
+            ValueError: there is no frame.
         """
         state = self.start_video()
         for piece in pieces:
@@ -355,7 +323,7 @@ class LongVLMModel(LongVLMPreTrainedModel):
         return {n: tuple(map(torch.cat, zip(*(chunk[n] for chunk in chunks), strict=True))) for n in names}
 
     def merge_segments(self, segments: Tensor) -> tuple[Tensor, Tensor]:
-        """`(S, K, N, d)` -> tokens `(S, M, d)`, and `(S, K * N)` int64: which of them each patch became part of."""
+        """`(S, K, N, d)` -> tokens `(S, M, d)`, and which of them each patch was merged into, `(S, K * N)` int64."""
         config = self.config
         patches = segments.flatten(1, 2)  # (S, K*N, d)
         return merge_tokens(
@@ -372,51 +340,51 @@ class LongVLMModel(LongVLMPreTrainedModel):
     @torch.no_grad()
     def get_token_assignment(self, pixel_values: Tensor) -> Tensor:
         """
-        Which local token each patch of a video was merged into; for pictures of what the method does.
+        Which local token each patch of a video was merged into, to see what the method does.
 
         Args:
             pixel_values (`Tensor` of shape `(T, 3, H, W)`): normalised frames of one video.
 
         Returns:
-            `(T, N)` int64: row numbers of the video's `local_features`.
+            `(T, N)` int64: indices into the video's `local_features`.
         """
         state = self.start_video(self.config.segment_length(len(pixel_values)), keep_assignment=True)
         state.append(pixel_values)
         return state.assignment()
 
     def check_video_features(self, features: Mapping) -> Mapping:
-        """`features`, if they are features of videos for this model.
+        """Returns `features`, if this model can use them.
 
         Raises:
-            ValueError: they are something else, or have another width or number of global tokens.
+            ValueError: they are not features of videos, or have the wrong width or number of global tokens.
         """
         if not isinstance(features, Mapping) or not {"local_features", "global_features"} <= features.keys():
             raise ValueError(
                 "video_features must be what get_video_features returned, or a mapping with its local_features and "
-                f"global_features, got {type(features).__name__}."
+                f"global_features, got {type(features).__name__}"
             )
         width = self.config.vision_config.hidden_size
         for tokens in [*features["local_features"], features["global_features"]]:
             if tokens.shape[-1] != width:
                 raise ValueError(
-                    f"video_features are {tokens.shape[-1]} wide, this model's vision encoder {width}: they are of "
-                    "another model, or went through the projector already."
+                    f"video_features are {tokens.shape[-1]} wide, but this model's vision encoder gives {width}: use "
+                    "features from the same encoder, before the projector"
                 )
         given, needed = features["global_features"].shape[1], self.config.num_global_tokens
-        if needed and given != needed:  # a model that places none takes features with and without
+        if needed and given != needed:  # a model without global tokens ignores those it is given
             raise ValueError(
-                f"video_features have {given} global tokens per video, this model needs {needed}: encode the videos "
-                f'with num_global_layers={needed} and global_placement="{self.config.global_placement}"'
+                f"video_features have {given} global tokens per video, but this model needs {needed}: encode the "
+                f'videos with num_global_layers={needed} and global_placement="{self.config.global_placement}"'
             )
         return features
 
     def project_features(self, local_features, global_features: Tensor, **facts) -> LongVLMVideoFeatures:
-        """Places the global tokens and projects. The projector is applied anew at each use, so it can be trained.
+        """Puts global and local tokens in order and projects them. Done at each use, so the projector can be trained.
 
         Args:
             local_features (sequence of `Tensor` of shape `(L_i, d)`), global_features (`Tensor` `(videos, E, d)`):
                 before the projector, on any device.
-            facts: fields of [`LongVLMVideoFeatures`] that are handed on as they are.
+            facts: further fields of the [`LongVLMVideoFeatures`].
         """
         projector = self.multi_modal_projector
         local_features = tuple(to_device_of(projector, local) for local in local_features)
@@ -436,7 +404,7 @@ class LongVLMModel(LongVLMPreTrainedModel):
         )
 
     def get_placeholder_mask(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
-        """`(batch, length)` bool: the places of video tokens; of embeddings alone, those equal to `<vid_patch>`'s."""
+        """`(batch, length)` bool: where `<vid_patch>` stands. Without ids: where its embedding stands."""
         if input_ids is not None:
             return input_ids == self.config.video_token_id
         token = torch.tensor(self.config.video_token_id, device=inputs_embeds.device)
@@ -456,19 +424,19 @@ class LongVLMModel(LongVLMPreTrainedModel):
     ) -> tuple | LongVLMModelOutputWithPast:
         """
         Args:
-            input_ids (`Tensor` of shape `(batch, length)`): each video stands as `<vid_start>`, n times `<vid_patch>`,
-                `<vid_end>`. Videos fill the places in order, prompt after prompt.
+            input_ids (`Tensor` of shape `(batch, length)`): a video is `<vid_start>`, n times `<vid_patch>`,
+                `<vid_end>`. Videos fill these placeholders in order, prompt after prompt.
             pixel_values_videos (`Tensor` of shape `(videos, max_frames, 3, H, W)`): frames, normalised.
-            num_frames (`Tensor` of shape `(videos,)`, *optional*): frames that each video really has.
+            num_frames (`Tensor` of shape `(videos,)`, *optional*): how many frames each video really has.
             video_features ([`LongVLMVideoFeatures`] or a mapping with its `local_features` and `global_features`):
                 what `get_video_features` returned, instead of pixels.
             attention_mask, position_ids, inputs_embeds, **kwargs: as in the LLM.
 
         Raises:
-            ValueError: if the places do not fit the videos; the message names both numbers.
+            ValueError: placeholders and video tokens differ in number.
         """
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Give exactly one of input_ids and inputs_embeds.")
+            raise ValueError("give either input_ids or inputs_embeds")
         if pixel_values_videos is not None and video_features is not None:
             raise ValueError(_NOT_BOTH)
         if pixel_values_videos is not None:
@@ -482,10 +450,10 @@ class LongVLMModel(LongVLMPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         if video_features is not None:
-            places = self.get_placeholder_mask(input_ids, inputs_embeds)
-            videos_per_prompt(places, [len(tokens) for tokens in video_features.pooler_output])
+            placeholders = self.get_placeholder_mask(input_ids, inputs_embeds)
+            videos_per_prompt(placeholders, [len(tokens) for tokens in video_features.pooler_output])
             tokens = torch.cat(video_features.pooler_output).to(inputs_embeds.device, inputs_embeds.dtype)
-            inputs_embeds = inputs_embeds.masked_scatter(places[..., None], tokens)
+            inputs_embeds = inputs_embeds.masked_scatter(placeholders[..., None], tokens)
 
         outputs = self.language_model(
             attention_mask=attention_mask, position_ids=position_ids, inputs_embeds=inputs_embeds, **kwargs
@@ -494,7 +462,7 @@ class LongVLMModel(LongVLMPreTrainedModel):
 
 
 class LongVLMForConditionalGeneration(LongVLMPreTrainedModel, GenerationMixin):
-    """LongVLM with a language modelling head: answers questions about videos.
+    """LongVLM with language modelling head: answers questions about videos.
 
     Args:
         config ([`LongVLMConfig`]): the configuration.
@@ -542,9 +510,10 @@ class LongVLMForConditionalGeneration(LongVLMPreTrainedModel, GenerationMixin):
     ) -> tuple | LongVLMCausalLMOutputWithPast:
         """
         Args:
-            labels (`Tensor` of shape `(batch, length)`, *optional*): token ids to be predicted, -100 where there is no
-                loss; shifted inside.
-            logits_to_keep (`int` or `Tensor`, defaults to 0): positions whose logits are computed; 0 is all.
+            labels (`Tensor` of shape `(batch, length)`, *optional*): token ids to predict, -100 for positions without
+                loss; shifted here.
+            logits_to_keep (`int` or `Tensor`, defaults to 0): last positions whose logits are computed; 0:
+                all.
 
         The other arguments are those of [`LongVLMModel.forward`].
 
@@ -557,7 +526,7 @@ class LongVLMForConditionalGeneration(LongVLMPreTrainedModel, GenerationMixin):
         ```
         """
         if labels is not None and input_ids is not None and pixel_values_videos is None and video_features is None:
-            # A training step whose video got lost on the way would go on without a word.
+            # Otherwise a training step that lost its video would go unnoticed.
             videos_per_prompt(self.model.get_placeholder_mask(input_ids, None), [])
         outputs = self.model(
             input_ids=input_ids,
@@ -579,7 +548,7 @@ class LongVLMForConditionalGeneration(LongVLMPreTrainedModel, GenerationMixin):
         return _output(LongVLMCausalLMOutputWithPast, outputs, loss=loss, logits=logits)
 
     def _logits(self, hidden_states: Tensor) -> Tensor:
-        """`(..., LLM width)` -> `(..., vocabulary)`, with what some LLMs do after their output layer."""
+        """`(..., LLM width)` -> `(..., vocabulary)`, with what some LLMs apply after their output layer."""
         text = self.config.text_config
         logits = self.lm_head(hidden_states)
         if getattr(text, "logit_scale", None) is not None:  # Cohere
@@ -593,10 +562,10 @@ class LongVLMForConditionalGeneration(LongVLMPreTrainedModel, GenerationMixin):
     @torch.no_grad()
     def generate(self, inputs: Tensor | None = None, generation_config=None, **kwargs):
         """As in transformers. Videos are encoded once, whatever the number of beams or returned sequences, and the
-        answer never holds one of the three video tokens.
+        three video tokens are never generated.
 
         Raises:
-            ValueError: if the places for video tokens do not fit the videos.
+            ValueError: placeholders and video tokens differ in number.
         """
         pixel_values_videos = kwargs.pop("pixel_values_videos", None)
         num_frames = kwargs.pop("num_frames", None)
@@ -609,9 +578,9 @@ class LongVLMForConditionalGeneration(LongVLMPreTrainedModel, GenerationMixin):
         prompt = kwargs.get("inputs_embeds") if input_ids is None else input_ids
         if features is not None:
             if kwargs.get("prefill_chunk_size", getattr(generation_config, "prefill_chunk_size", None)) is not None:
-                raise ValueError("prefill_chunk_size cannot be used with videos: their tokens go in all at once.")
+                raise ValueError("prefill_chunk_size cannot be used with videos: leave it out")
             features = self.model.check_video_features(features)
-            # Without what the steps do not need: assisted decoding copies its arguments, and cannot copy graphs.
+            # Only what the steps need: assisted decoding copies its arguments, and autograd graphs cannot be copied.
             kwargs["video_features"] = LongVLMVideoFeatures(
                 local_features=tuple(features["local_features"]),
                 global_features=features["global_features"],
@@ -622,14 +591,14 @@ class LongVLMForConditionalGeneration(LongVLMPreTrainedModel, GenerationMixin):
         limit = getattr(self.config.text_config, "max_position_embeddings", None)
         if prompt is not None and limit is not None and prompt.shape[1] > limit:
             logger.warning(
-                f"The prompt has {prompt.shape[1]} tokens, the language model was made for {limit}: take fewer "
-                "frames, or a model with more frames_per_segment or fewer tokens_per_segment."
+                f"the prompt has {prompt.shape[1]} tokens, but the language model was made for {limit}: use fewer "
+                "frames, or a model with more frames_per_segment or fewer tokens_per_segment"
             )
 
         config = self.config
         never = [config.video_token_id, config.video_start_token_id, config.video_end_token_id]
         processors = LogitsProcessorList(kwargs.pop("logits_processor", None) or [])
-        # Where generate() brings the logits; the head itself may be anywhere, or offloaded.
+        # The logits come to the prompt's device; the head may be on another, or offloaded.
         processors.append(
             SuppressTokensLogitsProcessor(never, device=self.device if prompt is None else prompt.device)
         )
@@ -638,8 +607,8 @@ class LongVLMForConditionalGeneration(LongVLMPreTrainedModel, GenerationMixin):
     def prepare_inputs_for_generation(
         self, input_ids, is_first_iteration=False, past_key_values=None, cache=None, inputs_embeds=None, **kwargs
     ):
-        # generate() takes from users what this signature names: embeddings, and the cache of an earlier turn by its
-        # name of either version.
+        # generate() accepts what this signature names: embeddings, and the cache of an earlier turn under the name
+        # that either version has for it.
         named = {"past_key_values": past_key_values, "cache": cache, "inputs_embeds": inputs_embeds}
         model_inputs = super().prepare_inputs_for_generation(
             input_ids,
@@ -658,31 +627,32 @@ class LongVLMForConditionalGeneration(LongVLMPreTrainedModel, GenerationMixin):
         return model_inputs if features is None else {**model_inputs, "video_features": features}
 
     def _not_in_cache(self, features, input_ids: Tensor, new_ids: Tensor) -> LongVLMVideoFeatures | None:
-        """Of the videos of all turns, or of the new turn alone, those whose places the cache does not hold yet."""
-        places = self.model.get_placeholder_mask(new_ids, None)
-        if features is None or not places.any():
+        """The videos that the cache does not hold yet, given those of all turns or of the new turn alone."""
+        placeholders = self.model.get_placeholder_mask(new_ids, None)
+        if features is None or not placeholders.any():
             return None
         counts = self._token_counts(features)
-        if sum(counts) == int(places.sum()):
+        if sum(counts) == int(placeholders.sum()):
             return features
         first = 0
         new: list[int] = []
-        all_places = self.model.get_placeholder_mask(input_ids, None)
-        for videos, wanted in zip(videos_per_prompt(all_places, counts), places.sum(1).tolist(), strict=True):
+        of_all_turns = videos_per_prompt(self.model.get_placeholder_mask(input_ids, None), counts)
+        for videos, needed in zip(of_all_turns, placeholders.sum(1).tolist(), strict=True):
             last = first + videos
-            taken = next((n for n in range(videos + 1) if sum(counts[last - n : last]) == wanted), videos)
-            new += range(last - taken, last)
+            num_new = next((n for n in range(videos + 1) if sum(counts[last - n : last]) == needed), videos)
+            new += range(last - num_new, last)
             first = last
         return features.select(new)
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
-        """Repeats each prompt's videos with the prompt, for beams and several returned sequences."""
+        """Repeats each prompt's videos along with the prompt, for beams and several returned sequences."""
         features = model_kwargs.pop("video_features", None)
         if features is not None and expand_size > 1:
             has_ids = input_ids is not None and input_ids.shape[1] > 0
-            places = self.model.get_placeholder_mask(input_ids if has_ids else None, model_kwargs.get("inputs_embeds"))
+            embeddings = model_kwargs.get("inputs_embeds")
+            placeholders = self.model.get_placeholder_mask(input_ids if has_ids else None, embeddings)
             first, repeated = 0, []
-            for videos in videos_per_prompt(places, self._token_counts(features)):
+            for videos in videos_per_prompt(placeholders, self._token_counts(features)):
                 repeated += list(range(first, first + videos)) * expand_size
                 first += videos
             features = features.select(repeated)
@@ -697,41 +667,45 @@ class LongVLMForConditionalGeneration(LongVLMPreTrainedModel, GenerationMixin):
         return [self.config.total_video_tokens(len(local)) for local in features["local_features"]]
 
 
-def videos_per_prompt(places: Tensor, token_counts: list[int]) -> list[int]:
-    """How many of the videos stand in each prompt.
+def videos_per_prompt(placeholders: Tensor, token_counts: list[int]) -> list[int]:
+    """How many of the videos belong to each prompt.
 
     Args:
-        places: `(batch, length)` bool, where video tokens go.
+        placeholders: `(batch, length)` bool, where video tokens go.
         token_counts: tokens of each video, in order.
 
     Raises:
-        ValueError: if the videos do not fill the places exactly, prompt by prompt.
+        ValueError: the videos do not fill the placeholders exactly, prompt by prompt.
     """
     numbers, video = [], 0
-    for prompt, wanted in enumerate(places.sum(1).tolist()):
+    for prompt, needed in enumerate(placeholders.sum(1).tolist()):
         first, filled = video, 0
-        while filled < wanted and video < len(token_counts):
+        while filled < needed and video < len(token_counts):
             filled += token_counts[video]
             video += 1
-        if filled != wanted:
-            counts = " + ".join(map(str, token_counts[first:video])) or "no video"
+        if filled != needed:
+            counts = " + ".join(map(str, token_counts[first:video]))
+            given = f"its videos give {counts} tokens" if counts else "there is no video for it"
             raise ValueError(
-                f"Prompt {prompt} has {wanted} places for video tokens, but its videos give {counts}. Let the "
-                "processor make the prompt for these videos, with this model's frames and tokens per segment."
+                f"prompt {prompt} has {needed} placeholders for video tokens, but {given}: have the processor make "
+                "the prompt for these videos, with this model's frames and tokens per segment"
             )
         numbers.append(video - first)
     if video < len(token_counts):
         raise ValueError(
-            f"{len(token_counts)} videos were given, but the prompts have places for {video} of them: put <video> "
-            "into the text once for each video."
+            f"{len(token_counts)} videos were given, but the prompts have placeholders for {video}: write <video> "
+            "once for each video"
         )
     return numbers
 
 
-def _output(kind: type, outputs: Mapping, **more):
-    """`outputs` of the inner model as another kind of output, whatever the cache is called in this version."""
-    names = kind.__dataclass_fields__.keys() - more.keys() - ({"last_hidden_state"} if "logits" in more else set())
-    return kind(**{name: value for name, value in outputs.items() if name in names}, **more)
+def _output(cls: type, outputs: Mapping, **more):
+    """The inner model's `outputs` as a `cls`, whatever the cache is called in this version of transformers."""
+    names = cls.__dataclass_fields__.keys() - more.keys() - ({"last_hidden_state"} if "logits" in more else set())
+    return cls(**{name: value for name, value in outputs.items() if name in names}, **more)
 
+
+LongVLMModel.register_for_auto_class("AutoModel")
+LongVLMForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
 
 __all__ = ["LongVLMForConditionalGeneration", "LongVLMModel", "LongVLMPreTrainedModel", "LongVLMVideoFeatures"]

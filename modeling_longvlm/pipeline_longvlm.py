@@ -13,7 +13,7 @@ from transformers import Pipeline
 
 from .engine_longvlm import LongVLMEngine
 
-# Options of a call that are the video processor's; all others are those of `generate()`.
+# The options of a call that go to the video processor; all others go to `generate()`.
 _VIDEO_OPTIONS = (
     "num_frames",
     "fps",
@@ -26,7 +26,7 @@ _VIDEO_OPTIONS = (
 
 
 class _Question(NamedTuple):
-    """One conversation on its way through the pipeline, which would take a bare list for a batch."""
+    """One conversation on its way through the pipeline. The base class would take a bare list for a batch."""
 
     messages: list[dict]
 
@@ -35,9 +35,9 @@ class VideoQuestionAnsweringPipeline(Pipeline):
     """Answers questions about videos.
 
     Args:
-        video_cache_bytes (`int`, defaults to 256 MiB): how much of the features of earlier videos is kept for further
-            questions; 0 keeps nothing. `pipe.video_cache.clear()` forgets them.
-        kwargs: as in [`Pipeline`]; options of a call may be given here as defaults.
+        video_cache_bytes (`int`, defaults to 256 MiB): limit on the features that are kept for further questions; 0
+            keeps nothing. `pipe.video_cache.clear()` drops them.
+        kwargs: as in [`Pipeline`]; options of a call given here become its defaults.
     """
 
     _load_processor = True
@@ -45,7 +45,7 @@ class VideoQuestionAnsweringPipeline(Pipeline):
     _load_image_processor = False
     _load_video_processor = False
     _load_feature_extractor = False
-    # The base class would build a generation configuration of its own, in a way that differs between versions.
+    # The base class would make its own generation configuration, and not the same one in each version.
     _pipeline_calls_generate = False
 
     def __init__(self, *args, video_cache_bytes: int = 256 << 20, **kwargs):
@@ -64,27 +64,27 @@ class VideoQuestionAnsweringPipeline(Pipeline):
     def __call__(self, inputs=None, *, video=None, question=None, **kwargs):
         """
         Args:
-            inputs (`dict` or list of `dict`, *optional*): `{"video": ..., "question": ...}`, or several of them, or a
-                dataset of them.
-            video: instead of `inputs`: a path, URL, bytes, a directory of pictures or a list of frames; or a list of
-                paths, as many as there are questions.
-            question (`str` or `list[str]`): instead of `inputs`: one question, or several. With one video and several
-                questions, all are about that video.
+            inputs (`dict` or list of `dict`, *optional*): `{"video": ..., "question": ...}`, a list of them or a
+                dataset.
+            video: instead of `inputs`: a path, URL, bytes, a directory of images or a list of frames; or a list of
+                videos, one for each question.
+            question (`str` or `list[str]`): instead of `inputs`: one question, or several. With a single video, all
+                are about it.
             batch_size (`int`, *optional*): how many questions go through the LLM together.
-            return_full_text (`bool`, *optional*): the answer with the prompt before it; default: the answer only.
-            system (`str`, *optional*): system message instead of the chat template's own.
+            return_full_text (`bool`, *optional*): put the prompt before the answer.
+            system (`str`, *optional*): system message that replaces the chat template's own.
             chat_template (`str`, *optional*): another chat template, or the name of a built-in one.
             num_frames, fps, max_frames, short_video, decoding_backend: as in the video processor.
-            progress (`Callable`, *optional*): called as `progress(stage, done, total)` in frames, with `stage`
-                `"decode"` or `"encode"`.
+            progress (`Callable`, *optional*): called as `progress(stage, done, total)`, in frames, with the stages
+                `"decode"` and `"encode"`.
             kwargs: options of `generate()` such as `max_new_tokens` (default 256), `do_sample`, `streamer`.
 
         Returns:
-            `{"answer": str}`, or a list of them for several inputs. With `num_return_sequences` the answer is a list.
+            `{"answer": str}`; for several inputs, a list. With `num_return_sequences` above 1, each answer is a list.
 
         Raises:
-            VideoDecodeError: if a video cannot be read.
-            ValueError: if a question is not text.
+            VideoDecodeError: a video cannot be read.
+            ValueError: the inputs do not have this form.
         """
         if inputs is None:
             inputs = _pair_up(video, question)
@@ -113,16 +113,16 @@ class VideoQuestionAnsweringPipeline(Pipeline):
         if not isinstance(question, str):
             raise ValueError(f"the question must be text (str), got {_describe(question)}")
         if video is None:
-            raise ValueError("there is no video: video is None")
+            raise ValueError("video is None: give a path, URL, bytes or frames")
         content = [{"type": "video", "video": video, **video_options}, {"type": "text", "text": question}]
         messages: list[dict] = [{"role": "system", "content": system}] if system is not None else []
-        # The video is read by the engine, piece by piece: all frames of a long one would fill the memory.
+        # The engine reads the video, piece by piece: all frames of a long video would fill the memory.
         return {"question": _Question([*messages, {"role": "user", "content": content}])}
 
     def _forward(self, model_inputs: dict, **options) -> dict:
         questions = model_inputs["question"]
         batched = not isinstance(questions, _Question)  # the base class hands over a single input as it is
-        options.pop("return_dict_in_generate", None)  # what the engine needs, it asks for
+        options.pop("return_dict_in_generate", None)  # the engine asks for it if needed
         conversations = [question.messages for question in (questions if batched else [questions])]
         answers = self.engine.generate(conversations, **options)
         return {"answer": answers} if batched else {"answer": answers[0]}
@@ -131,11 +131,11 @@ class VideoQuestionAnsweringPipeline(Pipeline):
         return {"answer": model_outputs["answer"]}
 
     def _ensure_tensor_on_device(self, inputs, device):
-        # Frames stay where they are: the model takes a few at a time to its own device.
+        # Frames stay where they are: the model moves a few at a time.
         return inputs
 
     def save_pretrained(self, save_directory, **kwargs) -> None:
-        """The model, its processor and the code, in a folder that `pipeline()` loads."""
+        """Writes the model, its processor and the code into a folder that `pipeline()` can load."""
         self.model.save_pretrained(save_directory, **kwargs)
         self.processor.save_pretrained(save_directory, **kwargs)
 
@@ -160,7 +160,7 @@ def _pair_up(video, question) -> dict | list[dict]:
 
 
 def _are_frames(videos) -> bool:
-    """Whether a list is the frames of ONE video: pictures, or arrays of at most three dimensions."""
+    """Whether a list is the frames of ONE video: images, or arrays of at most three dimensions."""
     first = videos[0] if len(videos) else None
     return hasattr(first, "getbands") or (hasattr(first, "ndim") and first.ndim <= 3)
 

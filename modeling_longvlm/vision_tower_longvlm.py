@@ -1,13 +1,13 @@
-"""How a vision encoder is run, and how what it gives is read: frames in; patches and a token of each frame out.
+"""How a vision encoder is run and read: frames in, patches and frame tokens out.
 
-The method needs little of an encoder: the patches of one hidden state, and of the last E hidden states one token a
-frame ([CLS]). So the layers of known encoders are run here, one by one: only what is needed is kept, and no layer runs
-behind the last one that is read. Encoders that are not known, or that others have hooked into, run as a whole.
+The method needs little of an encoder: the patches of one hidden state, and one token per frame ([CLS]) of each of the
+last E hidden states. So the layers of known encoders are run here, one by one: only what is needed is kept, and no
+layer runs after the last one that is read. Other encoders, and those that somebody hooked into, run as a whole.
 
-The door for another encoder is `ENCODERS`: a [`VisionEncoder`] under its `model_type`. One that sees several frames at
-once (a clip) says so with `clip_frames`; nothing else in this package needs to know.
+To add an encoder, put a [`VisionEncoder`] into `ENCODERS`, under its `model_type`. If it sees several frames at once
+(a clip), `clip_frames` says so; nothing else in this package needs to know.
 
-Letters: c frames of a chunk, N patches of a frame, d width, E frame tokens.
+Letters: c frames in a chunk, N patches in a frame, d width, E frame tokens.
 """
 
 import inspect
@@ -23,7 +23,7 @@ from transformers.models.clip.modeling_clip import eager_attention_forward
 
 
 class EncodedFrames(NamedTuple):
-    """What the method needs of some frames: `patches` `(c, N, d)`, and `frame_tokens` `(E, c, d)`."""
+    """What the method needs of a chunk of frames: `patches` `(c, N, d)`, and `frame_tokens` `(E, c, d)`."""
 
     patches: Tensor
     frame_tokens: Tensor
@@ -32,13 +32,13 @@ class EncodedFrames(NamedTuple):
 @dataclass(frozen=True)
 class Reading:
     """
-    What is to be read of an encoder.
+    What to read from an encoder.
 
     Args:
-        feature_layer (`int`): the hidden state with the patches, from 0 (the embeddings) to the number of layers.
-        frame_layers (`range`): the hidden states with the frame tokens; empty: none.
+        feature_layer (`int`): the hidden state to take patches from: 0 (the embeddings) to the number of layers.
+        frame_layers (`range`): the hidden states to take frame tokens from; may be empty.
         patches_per_frame (`int`): N.
-        resized (`bool`): frames are not of the size the encoder was trained with.
+        resized (`bool`): whether frames have another size than the encoder was trained with.
     """
 
     feature_layer: int
@@ -65,14 +65,14 @@ class Reading:
 
 class VisionEncoder:
     """
-    An encoder that sees each frame by itself, as images, and gives one token a patch: any of transformers.
+    Any encoder of transformers that takes images, here single frames, and gives one token per patch.
 
-    [CLS] stands first, register tokens (DINOv2) follow it, patches come last. An encoder without [CLS] (SigLIP) has
-    only patches: their mean stands for the frame.
+    [CLS] comes first, then register tokens (DINOv2), then the patches. An encoder without [CLS] (SigLIP) has only
+    patches; their mean is then the frame token.
     """
 
     def clip_frames(self, config) -> int:
-        """How many frames the encoder with this configuration sees at once: chunks of frames are cut accordingly."""
+        """How many frames the encoder with this configuration sees at once; chunks hold a multiple of that."""
         return 1
 
     def build(self, config) -> nn.Module:
@@ -83,8 +83,8 @@ class VisionEncoder:
         """
         Args:
             tower: the encoder.
-            frames: `(c, 3, H, W)`, normalised, on the tower's device and in its dtype. Where the encoder sees clips, c
-                is a multiple of their length, except at a video's end.
+            frames: `(c, 3, H, W)`, normalised, on the tower's device and in its dtype. If the encoder sees clips, c is
+                a multiple of their length, except at a video's end.
             reading: what to read.
         """
         patches, frame_tokens = None, []
@@ -104,8 +104,8 @@ class VisionEncoder:
         return hidden_state[:, 0].clone()  # a view would keep the whole hidden state in memory
 
     def hidden_states(self, tower: nn.Module, frames: Tensor, reading: Reading) -> Iterator[tuple[int, Tensor]]:
-        """Numbers and values `(c, tokens, d)` of the hidden states, as far as they are needed."""
-        # Only at the forward's signature can be told whether frames of another size have to be announced.
+        """The hidden states that are needed, and perhaps others: number and value `(c, tokens, d)` of each."""
+        # Some encoders must be told that frames have another size; only the signature says which.
         options = {}
         if "interpolate_pos_encoding" in inspect.signature(tower.forward).parameters:
             options["interpolate_pos_encoding"] = reading.resized
@@ -117,11 +117,11 @@ class KnownEncoder(VisionEncoder):
     An encoder whose layers are run here: embeddings, perhaps a norm, then layer after layer.
 
     Args:
-        class_name (`str`): the class whose layers are known; its subclasses and wrappers run as a whole.
+        class_name (`str`): the class whose layers are known; subclasses and wrappers run as a whole.
         layers (`str`): path of the `ModuleList` of layers in the encoder.
         norm (`str`, *optional*): path of the norm between embeddings and first layer.
-        is_dinov2 (`bool`): the embeddings adapt to other frame sizes by themselves, and the layers of older versions
-            take no attention mask.
+        is_dinov2 (`bool`): the embeddings adapt to other frame sizes by themselves, and in older versions of
+            transformers the layers take no attention mask.
     """
 
     def __init__(self, class_name: str, layers: str, norm: str | None = None, is_dinov2: bool = False):
@@ -147,21 +147,21 @@ class KnownEncoder(VisionEncoder):
         Args:
             layer: one layer of the encoder.
             hidden_state: `(c, tokens, d)`, the layer's input.
-            for_frame_token: nothing but the frame token will be read of the result.
+            for_frame_token: only the frame token of the result will be read.
         """
         return layer(hidden_state) if self.is_dinov2 else layer(hidden_state, None)
 
 
 class CLIPEncoder(KnownEncoder):
     """
-    CLIP. If the last layer is read for [CLS] alone, only the row of [CLS] is computed, from the keys and values of all
-    tokens. It is the row that the whole layer gives.
+    CLIP. If only [CLS] is read of the last layer, it is computed alone there, from the keys and values of all tokens.
+    The result is the same.
     """
 
     def run_layer(self, layer: nn.Module, hidden_state: Tensor, for_frame_token: bool) -> Tensor:
         attention = layer.self_attn
         implementation = attention.config._attn_implementation
-        as_a_whole = layer.training or _is_modified(layer) or _is_modified(attention)
+        as_a_whole = layer.training or any(map(_is_modified, layer.modules()))
         if not for_frame_token or as_a_whole or implementation not in ("eager", "sdpa"):
             return super().run_layer(layer, hidden_state, for_frame_token)
         heads = (attention.num_heads, attention.head_dim)
@@ -203,26 +203,26 @@ def encode_frames(tower: nn.Module, frames: Tensor, config) -> EncodedFrames:
         config: the `LongVLMConfig`.
 
     Raises:
-        ValueError: the frames have another size than the configuration says.
+        ValueError: the frames do not have the size that the configuration says.
     """
     frames = frames_for(tower, frames, config)
     return vision_encoder(config.vision_config).encode(tower, frames, Reading.of(config))
 
 
 def frames_for(tower: nn.Module, frames: Tensor, config) -> Tensor:
-    """The frames where the tower computes, in its dtype, if they have the size that it is to be given."""
+    """The frames on the tower's device and in its dtype, once their size is checked."""
     size = config.frame_size
     if tuple(frames.shape[-2:]) != size:
-        # Some encoders (DINOv2) would take them, and give another number of patches.
+        # Some encoders (DINOv2) would take them and give another number of patches.
         raise ValueError(
-            f"the frames are {frames.shape[-2]} x {frames.shape[-1]} pixels, the configuration says {size[0]} x "
-            f"{size[1]}: let the video processor resize them, or set image_size"
+            f"the frames are {frames.shape[-2]} x {frames.shape[-1]} pixels, but the configuration says {size[0]} x "
+            f"{size[1]}: have the video processor resize them, or set image_size"
         )
     return to_device_of(tower, frames).to(tower.dtype)
 
 
 def to_device_of(module: nn.Module, tensor: Tensor) -> Tensor:
-    """`tensor` where `module` computes. Of a module that accelerate has offloaded, its hook knows where that is."""
+    """`tensor` on the device of `module`. If accelerate has offloaded the module, its hook moves the tensor."""
     device = next(module.parameters()).device
     return tensor if device.type == "meta" else tensor.to(device)
 
@@ -232,6 +232,6 @@ def _is_modified(module: nn.Module) -> bool:
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
-        or "forward" in vars(module)  # accelerate replaces the method of the class
+        or "forward" in vars(module)  # accelerate overrides the class's method
         or getattr(module, "_compiled_call_impl", None) is not None
     )

@@ -15,11 +15,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from transformers.dynamic_module_utils import get_relative_import_files
 
-from longvlm import modeling_longvlm, processing
 from longvlm.files import read_json_object
-from longvlm.modeling_longvlm.modeling_longvlm import AUTO_MAP, CUSTOM_PIPELINES
+from longvlm.modeling_longvlm.modeling_longvlm import LongVLMForConditionalGeneration
+from longvlm.modeling_longvlm.remote_code import CONFIG_ENTRIES, code_files
+from longvlm.processing.processing_longvlm import LongVLMProcessor
+from longvlm.processing.video_processing_longvlm import LongVLMVideoProcessor
 
 # Files that can run code when they are opened.
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz")
@@ -145,16 +146,7 @@ def _strings(value, key: str = "a value") -> Iterator[tuple[str, str]]:
 
 def installed_code() -> dict[str, Path]:
     """The files that travel with a checkpoint: name -> file of the installed package."""
-    modeling, processing_ = (Path(package.__file__ or "").parent for package in (modeling_longvlm, processing))
-    code = {}
-    for entry in (
-        modeling / "modeling_longvlm.py",
-        processing_ / "processing_longvlm.py",
-        processing_ / "video_processing_longvlm.py",
-    ):
-        for file in (entry, *map(Path, get_relative_import_files(entry))):
-            code[file.name] = file
-    return code
+    return code_files(LongVLMForConditionalGeneration, LongVLMProcessor, LongVLMVideoProcessor)
 
 
 def code_problems(files: Mapping[str, Path]) -> list[str]:
@@ -175,7 +167,7 @@ def code_problems(files: Mapping[str, Path]) -> list[str]:
     if "config.json" not in files:
         return [*problems, "config.json is missing: save the model again, or do not leave it out with `exclude`"]
     config = read_json_object(files["config.json"])
-    for key, value in (("auto_map", AUTO_MAP), ("custom_pipelines", CUSTOM_PIPELINES)):
+    for key, value in CONFIG_ENTRIES.items():
         if config.get(key) != value:
             problems.append(f"config.json, {key}: it does not point to the code of this package: save the model again")
     return problems

@@ -72,7 +72,7 @@ def test_every_answer_is_shown_with_the_truth_and_marked(run, monkeypatch):
         assert line.startswith(f"  {question.kind} ")
         assert line.split()[-2] == ("right" if at % 2 else "WRONG")
         assert question.answer in line.split(question.question)[1]
-    assert f"\n{len(QUESTIONS) // 2} of {len(QUESTIONS)} are right" in printed
+    assert f"\n{len(QUESTIONS) // 2} of {len(QUESTIONS)} answers are right" in printed
 
 
 def test_the_video_is_decoded_and_encoded_once(run, monkeypatch):

@@ -24,6 +24,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME, logging
 import longvlm
 from longvlm.evaluation.storyline.scoring import score
 from longvlm.files import output_folder
+from longvlm.modeling_longvlm.remote_code import remove_code
 from recipes.progress import ProgressBar
 from recipes.tiny.card import card_text
 from recipes.tiny.language import LanguageWithHeads, is_trained, train_language
@@ -155,23 +156,11 @@ def build(out: Path, work: Path, *, rounds=ROUNDS, stages=STAGES, stories=STORIE
     with output_folder(out, overwrite=True) as folder:
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
-        leave_code_out(Path(folder))
+        remove_code(folder)  # it comes with the package; a copy would become outdated
         for name, values in (("scores.json", results), ("training.json", about)):
             (Path(folder) / name).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
         (Path(folder) / "README.md").write_text(card_text(folder, results, about), encoding="utf-8")
     print(f"longvlm-tiny: {out} is ready")
-
-
-def leave_code_out(folder: Path) -> None:
-    """What comes with the package needs no code of its own, which would grow old; `save_pretrained` writes it."""
-    for file in folder.glob("*.py"):
-        file.unlink()
-    for file in folder.glob("*config.json"):
-        told = json.loads(file.read_text(encoding="utf-8"))
-        for part in (told, told.get("video_processor", {})):
-            for name in ("auto_map", "custom_pipelines"):
-                part.pop(name, None)
-        file.write_text(json.dumps(told, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def measure(checkpoint: Path, file: Path, scores) -> dict:

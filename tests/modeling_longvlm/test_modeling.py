@@ -267,20 +267,20 @@ def test_disagreeing_numbers_are_named():
         return str(error.value)
 
     text = message("<video> x", [right + 1], pixel_values_videos=pixels)
-    assert f"{right + 1} places" in text and f"give {right}." in text
+    assert f"{right + 1} placeholders" in text and f"give {right} tokens:" in text
     assert "no video" in message("<video> x", [right])
     assert "2 videos" in message("<video> x", [right], pixel_values_videos=noise_video(8, 8))
     text = message(["<video> <video>", "x"], [right, right], pixel_values_videos=pixels)
-    assert f"{2 * right} places" in text
+    assert f"{2 * right} placeholders" in text
     # As many places as tokens in all, but each video would run over into the other prompt.
     text = message(["<video> a", "<video> b"], [right + 2, right - 2], pixel_values_videos=noise_video(8, 8))
-    assert "Prompt 0" in text
+    assert "prompt 0" in text
 
 
 def test_a_training_step_without_its_video_is_refused():
     model, processor = tiny_longvlm()
     inputs = processor(text="<video> x", num_video_tokens=[8], return_tensors="pt")
-    with pytest.raises(ValueError, match=r"8 places.*no video"):
+    with pytest.raises(ValueError, match=r"8 placeholders.*no video"):
         model(**inputs, labels=inputs["input_ids"])
     text = processor(text="Only text.", return_tensors="pt")
     assert model(**text, labels=text["input_ids"]).loss.isfinite()

@@ -11,8 +11,11 @@ import sys
 import pytest
 import torch
 import transformers
+from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.dynamic_module_utils import get_imports
 
+from longvlm import LongVLMForConditionalGeneration, LongVLMProcessor, LongVLMVideoProcessor
+from longvlm.modeling_longvlm.remote_code import code_files, remove_code, save_code_and_config
 from tests.helpers.paths import ROOT
 from tests.helpers.tiny_models import save_tiny_longvlm, tiny_longvlm
 from tests.helpers.video_files import write_video
@@ -27,6 +30,7 @@ CODE = {
     "modeling_longvlm.py",
     "pipeline_longvlm.py",
     "processing_longvlm.py",
+    "remote_code.py",
     "text_escaping.py",
     "token_merging.py",
     "video_decoding.py",
@@ -114,6 +118,44 @@ def test_saving_leaves_the_model_as_it_was(tmp_path):
         for name in ("auto_map", "architectures", "dtype"):
             settings.pop(name, None)
     assert after == before
+
+
+def test_a_model_that_was_sharded_saves_the_code_of_its_own_class(tmp_path):
+    """FSDP swaps a model's class for one that is defined in torch."""
+    model, _ = tiny_longvlm()
+    kind = type(model)
+    sharded = type(f"FSDP{kind.__name__}", (kind,), {"__module__": "torch.distributed.fsdp"})
+    model.__class__ = sharded
+    model.save_pretrained(tmp_path)
+    assert type(model) is sharded
+    assert {path.name for path in tmp_path.glob("*.py")} == code_files(kind).keys()
+    assert json.loads((tmp_path / "config.json").read_text())["architectures"] == [kind.__name__]
+
+
+def test_code_and_configuration_are_saved_without_weights_as_with_them(tmp_path):
+    model, _ = tiny_longvlm()
+    model.save_pretrained(tmp_path / "whole")
+    with torch.device("meta"):
+        empty = type(model)(model.config)
+    (tmp_path / "code").mkdir()
+    save_code_and_config(empty, tmp_path / "code")
+    saved = {path.name: path.read_bytes() for path in (tmp_path / "code").iterdir()}
+    left_out = {path.name for path in (tmp_path / "whole").iterdir()} - saved.keys()
+    assert left_out == {"generation_config.json", "model.safetensors"}
+    assert all((tmp_path / "whole" / name).read_bytes() == content for name, content in saved.items())
+
+
+def test_the_code_is_taken_out_again(tmp_path):
+    folder = save_tiny_longvlm(tmp_path / "model")
+    code = code_files(LongVLMForConditionalGeneration, LongVLMProcessor, LongVLMVideoProcessor)
+    assert code.keys() == CODE
+    assert all((folder / name).read_bytes() == file.read_bytes() for name, file in code.items())
+    remove_code(folder)
+    assert not list(folder.glob("*.py"))
+    for file in folder.glob("*.json"):
+        assert not any(key in file.read_text() for key in ("auto_map", "custom_pipelines", "_longvlm.")), file.name
+    assert AutoModelForImageTextToText.from_pretrained(folder).config.model_type == "longvlm"
+    assert isinstance(AutoProcessor.from_pretrained(folder), LongVLMProcessor)
 
 
 def test_the_pipeline_without_the_package(folder, film, answer, tmp_path):

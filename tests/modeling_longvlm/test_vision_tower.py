@@ -145,8 +145,18 @@ def test_no_layer_runs_behind_the_last_one_that_is_read(name, options, layers):
 def rows_of_the_last_mlp(model) -> list[int]:
     """Tokens per frame that went through the last layer's MLP in each later call; nothing is hooked on the layer."""
     rows = []
+
+    class Recorded(nn.Module):
+        def __init__(self, activation: nn.Module):
+            super().__init__()
+            self.activation = activation
+
+        def forward(self, hidden_states):
+            rows.append(hidden_states.shape[1])
+            return self.activation(hidden_states)
+
     mlp = model.vision_tower.encoder.layers[-1].mlp
-    mlp.register_forward_hook(lambda mlp, args, output: rows.append(args[0].shape[1]))
+    mlp.activation_fn = Recorded(mlp.activation_fn)
     return rows
 
 
@@ -170,10 +180,18 @@ def test_of_clips_last_layer_only_the_class_token_is_computed(attention, dtype):
         lambda model: model.train(),
         lambda model: model.vision_tower.encoder.layers[-1].register_forward_hook(lambda *args: None),
         lambda model: model.vision_tower.encoder.layers[-1].self_attn.register_forward_pre_hook(lambda *args: None),
+        lambda model: model.vision_tower.encoder.layers[-1].mlp.fc1.register_forward_hook(lambda *args: None),
         lambda model: setattr(model.config, "vision_feature_layer", -1),
         lambda model: setattr(model.vision_tower.config, "_attn_implementation", "flash_attention_of_tomorrow"),
     ],
-    ids=["in training", "hook on the layer", "hook on its attention", "its patches are read", "other attention"],
+    ids=[
+        "in training",
+        "hook on the layer",
+        "hook on its attention",
+        "hook within",
+        "its patches are read",
+        "other attention",
+    ],
 )
 def test_where_more_of_clips_last_layer_is_needed_it_runs_whole(change, monkeypatch):
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS

@@ -123,7 +123,9 @@ def _paths_in_json(text: str, known: set[int]) -> list[tuple[int, str]]:
         return [(error.lineno, f"not JSON: {error.msg}")]
     lines, found = text.splitlines(), []
     for key, value in _strings(values):
-        if not re.fullmatch(PATH_AS_VALUE, value):
+        # A Hub id has one slash at most.
+        is_local_model = key in ("_name_or_path", "name_or_path") and (value.startswith(".") or value.count("/") > 1)
+        if not is_local_model and not re.fullmatch(PATH_AS_VALUE, value):
             continue
         written = json.dumps(value)
         number = next((n for n, line in enumerate(lines, 1) if written in line), 1)

@@ -359,6 +359,14 @@ SPOILED = {
         edit("tokenizer_config.json", lambda values: values.update(name_or_path="../llm")),
         r"tokenizer_config.json, line \d+: name_or_path is the local path ../llm",
     ),
+    "relative path without dots": (
+        edit("config.json", lambda values: values["vision_config"].update(_name_or_path="runs/clip/encoder")),
+        r"config.json, line \d+: _name_or_path is the local path runs/clip/encoder",
+    ),
+    "hidden folder": (
+        edit("config.json", lambda values: values["vision_config"].update(_name_or_path=".cache/encoder")),
+        r"config.json, line \d+: _name_or_path is the local path .cache/encoder",
+    ),
     "Windows path": (
         edit("tokenizer_config.json", lambda values: values.update(name_or_path="C:\\models\\llm")),
         r"name_or_path is the local path C:\\models",

@@ -12,6 +12,7 @@ from transformers import pipeline
 import longvlm
 from longvlm.evaluation import storyline
 from longvlm.evaluation.storyline.scoring import answer_stories, score
+from longvlm.publishing import text_problems, weight_problems
 from recipes.tiny.build import measure
 from recipes.tiny.card import card_text
 
@@ -83,6 +84,11 @@ def test_the_card_is_what_the_recipe_makes_of_the_scores():
     folder = longvlm.tiny_checkpoint()
     scores, training = (json.loads((folder / f"{name}.json").read_text()) for name in ("scores", "training"))
     assert (folder / "README.md").read_text(encoding="utf-8") == card_text(folder, scores, training)
+
+
+def test_it_names_no_folder_of_the_machine_that_trained_it():
+    files = {path.name: path for path in longvlm.tiny_checkpoint().iterdir()}
+    assert text_problems(files) == [] and weight_problems(files) == []
 
 
 def test_snippet_of_the_card_runs(tmp_path, monkeypatch, capsys):

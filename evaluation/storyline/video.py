@@ -15,8 +15,8 @@ from .story import Story
 def write_video(story: Story, path, fps: float = 10, size: int = 64, *, crf: int = 18) -> Path:
     """Writes the story as H.264 (yuv420p), frame by frame; memory does not grow with the length.
 
-    The file appears once it is complete. `path` ends in .mp4 or .mkv. Frame `i` shows the time `i / fps`. The frames are
-    identical to the byte in every run; x264 does not always encode them to the same bytes.
+    The file appears once it is complete. `path` ends in .mp4 or .mkv. Frame `i` shows the time `i / fps`. The frames
+    are identical to the byte in every run; x264 does not always encode them to the same bytes.
 
     Raises:
         ImportError: PyAV is missing.

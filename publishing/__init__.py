@@ -10,6 +10,7 @@ from longvlm.lazy import lazy_names
 __getattr__, __dir__, __all__ = lazy_names(
     __name__,
     {
+        "checks": ("code_problems", "loading_problems", "text_problems", "weight_problems"),
         "model_card": ("check_card", "complete_card", "make_card", "read_results"),
         "publish": ("NotReady", "Publication", "PublishError"),
     },

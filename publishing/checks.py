@@ -123,7 +123,9 @@ def _paths_in_json(text: str, known: set[int]) -> list[tuple[int, str]]:
         return [(error.lineno, f"not JSON: {error.msg}")]
     lines, found = text.splitlines(), []
     for key, value in _strings(values):
-        if not re.fullmatch(PATH_AS_VALUE, value):
+        # A Hub id has one slash at most.
+        is_local_model = key in ("_name_or_path", "name_or_path") and (value.startswith(".") or value.count("/") > 1)
+        if not is_local_model and not re.fullmatch(PATH_AS_VALUE, value):
             continue
         written = json.dumps(value)
         number = next((n for n, line in enumerate(lines, 1) if written in line), 1)
@@ -150,7 +152,7 @@ def installed_code() -> dict[str, Path]:
 
 
 def code_problems(files: Mapping[str, Path]) -> list[str]:
-    """Whether a folder's code is that of the installed package, and its configuration points to it."""
+    """Where the code differs from that of the installed package, or the configuration does not point to it."""
     expected, problems = installed_code(), []
     remedy = "`update_code` uploads that of the installed version instead"
     missing = sorted(expected.keys() - files.keys())
@@ -164,6 +166,8 @@ def code_problems(files: Mapping[str, Path]) -> list[str]:
     for name in sorted(files):
         if name.endswith(".py") and name not in expected:
             problems.append(f"{name} is not code of this package: remove it, or leave it out with `exclude` {name}")
+    if "config.json" not in files:
+        return [*problems, "config.json is missing: save the model again, or do not leave it out with `exclude`"]
     config = read_json_object(files["config.json"])
     for key, value in CONFIG_ENTRIES.items():
         if config.get(key) != value:

@@ -36,7 +36,7 @@ def check_loading(folder: str) -> None:
     for kind in ("missing", "unexpected", "mismatched"):
         names = sorted(str(name) for name in info.get(f"{kind}_keys", ()))
         if names:
-            raise ValueError(f"{len(names)} {kind} weights, for example {names[0]}")
+            raise ValueError(f"{kind} weights: {len(names)}, for example {names[0]}")
 
 
 def ask(folder: str) -> str:

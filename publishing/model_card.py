@@ -53,6 +53,7 @@ def make_card(
     language: Sequence[str] = ("en",),
     tags: Sequence[str] = (),
     results: Sequence[EvalResult] = (),
+    notice: str | None = None,
     usage: str | None = None,
     details: str | None = None,
 ) -> ModelCard:
@@ -68,6 +69,7 @@ def make_card(
         language: codes of the languages it answers in.
         tags: further tags.
         results: measured results.
+        notice: a paragraph below the introduction, in Markdown.
         usage: replaces the section on how to use the checkpoint, in Markdown.
         details: further sections, in Markdown, before the limits.
 
@@ -106,6 +108,7 @@ def make_card(
         vision_model=_describe(vision),
         language_model=_describe(text),
         num_frames=num_frames,
+        num_global_tokens=config.num_global_tokens,
         num_video_tokens=config.num_video_tokens(num_frames),
         frames_per_segment=config.frames_per_segment,
         tokens_per_segment=config.tokens_per_segment,
@@ -118,6 +121,7 @@ def make_card(
         projector_type=config.projector_type,
         untrained_parts=[part.replace("_", " ") for part in getattr(config, "untrained_parts", None) or []],
         results=list(results),
+        notice=notice,
         usage=usage,
         details=details,
     )
@@ -131,9 +135,15 @@ def complete_card(
     license_link: str | None = None,
     base_model: Sequence[str] | None = None,
     datasets: Sequence[str] = (),
+    language: Sequence[str] | None = None,
     tags: Sequence[str] = (),
+    results: Sequence[EvalResult] = (),
+    model_name: str | None = None,
 ) -> ModelCard:
     """Puts the given metadata into an existing card; its text is not changed.
+
+    `datasets`, `language` and `results` replace those of the card, `tags` are added. Results are listed under the
+    card's own model name, or `model_name` if it has none.
 
     Raises:
         ValueError: its metadata cannot be parsed.
@@ -149,6 +159,12 @@ def complete_card(
     data.tags = list(dict.fromkeys([*(data.tags or ()), *TAGS, *tags]))
     if datasets:
         data.datasets = list(datasets)
+    if language:
+        data.language = list(language)
+    if results:
+        data.model_name = data.model_name or model_name
+        data.eval_results = list(results)
+        data.metrics = sorted({result.metric_type for result in results})
     return card
 
 
@@ -222,7 +238,7 @@ def read_results(path: str | Path) -> list[EvalResult]:
         if not isinstance(values, list):
             raise TypeError("it is not a list")
         return [EvalResult(**value) for value in values]
-    except (TypeError, json.JSONDecodeError) as error:
+    except (TypeError, ValueError) as error:  # ValueError: also text that is not UTF-8 or JSON
         reason = str(error).replace("EvalResult.__init__() ", "")
         raise ValueError(
             f"{path} is not a list of results with the fields of huggingface_hub.EvalResult: {reason}"

@@ -30,6 +30,8 @@ from longvlm.publishing.model_card import (
     read_video_options,
 )
 
+Progress = Callable[..., None]  # progress(stage: str, done: int = 0, total: int = 0)
+
 CARD = "README.md"
 # Files of an earlier version on the Hub that would be loaded together with, or instead of, the new ones.
 REPLACED = ("*.safetensors", "*.safetensors.index.json", "*.py")
@@ -38,7 +40,7 @@ LEFT_OUT = (".*", "*/.*", "__pycache__/*", "*/__pycache__/*", "checkpoint-*/*", 
 
 
 class NotReady(ValueError):
-    """The folder must not be published as it is; `problems` says why, one line each."""
+    """The folder cannot be published as it is; `problems` says why, one line each."""
 
     def __init__(self, problems: Sequence[str]):
         super().__init__("; ".join(problems))
@@ -70,7 +72,7 @@ def publish(
     license_name: str | None = None,
     license_link: str | None = None,
     datasets: Sequence[str] = (),
-    language: Sequence[str] = ("en",),
+    language: Sequence[str] | None = None,
     tags: Sequence[str] = (),
     results: Sequence[EvalResult] = (),
     new_card: bool = False,
@@ -82,7 +84,7 @@ def publish(
     commit_message: str | None = None,
     token: str | None = None,
     dry_run: bool = False,
-    progress: Callable[..., None] | None = None,
+    progress: Progress | None = None,
 ) -> Publication:
     """Checks the folder and uploads it in one commit. A failed call can be repeated: it finishes the upload.
 
@@ -90,7 +92,8 @@ def publish(
         folder: a checkpoint, as `save_pretrained` of model and processor wrote it.
         repo_id: `USER/NAME`; the repository is created if there is none.
         license, base_model, license_name, license_link, datasets, language, tags, results: metadata of the card, see
-            `make_card`. A licence and base models (or `["none"]`) are required.
+            `make_card`. A licence and base models (or `["none"]`) are required. Default of `language`: `("en",)` in a
+            new card, unchanged in the folder's own.
         new_card: write a new card even if the folder has a README.md. Default: use that one, with this metadata.
         update_code: upload the code of the installed version instead of the folder's.
         exclude: patterns of files that are not uploaded.
@@ -100,14 +103,14 @@ def publish(
         commit_message: default: names the version of this package.
         token: default: the one of `hf auth login`, or `HF_TOKEN`.
         dry_run: run the checks, but upload nothing; the network is not used.
-        progress: called as `progress(step)`, once per step.
+        progress: called as `progress(stage)` at each step.
 
     Raises:
         NotReady: checks failed; nothing was uploaded.
-        ValueError: impossible arguments.
+        ValueError: `folder` is not a folder, `repo_id` is not valid, or both `branch` and `create_pr` are given.
         PublishError: the Hub could not be reached, or refused the upload. Nothing was committed.
     """
-    progress = progress or (lambda step: None)
+    progress = progress or (lambda stage, done=0, total=0: None)
     folder = _check_arguments(folder, repo_id, branch, create_pr)
     try:
         config = read_config(folder)
@@ -130,14 +133,16 @@ def publish(
         "license_name": license_name,
         "license_link": license_link,
         "base_model": base_model,
+        "datasets": datasets,
+        "tags": tags,
+        "results": results,
     }
     try:
         if own_card is not None:
-            card = complete_card(own_card, datasets=datasets, tags=tags, **about)
+            name = repo_id.split("/")[-1]
+            card = complete_card(own_card, model_name=name, language=language, **about)
         else:
-            card = make_card(
-                folder, repo_id, datasets=datasets, tags=tags, language=language, results=results, **about
-            )
+            card = make_card(folder, repo_id, language=language or ("en",), **about)
         problems += check_card(str(card), without_base_model=list(base_model or ()) == [NO_BASE_MODEL])
         problems += checks.problems_in_text(CARD, str(card))
     except Exception as error:  # the YAML parser and the readers of weights do not raise ValueError
@@ -246,11 +251,11 @@ def _hub_errors_in_one_line(repo_id: str) -> Iterator[None]:
         raise PublishError(message) from error
 
 
-AGAIN = "nothing was committed; run the same command again, files that have arrived are not sent twice"
+AGAIN = "nothing was committed; try again, files that have arrived are not sent twice"
 
 
 def _explain(error: BaseException, repo_id: str) -> str | None:
-    """What went wrong between here and the Hub, and what to do; `None`: something else."""
+    """What went wrong between here and the Hub, and what to do about it; `None` if it was something else."""
     chain: list[BaseException] = [error]
     while (inner := chain[-1].__cause__ or chain[-1].__context__) is not None:
         chain.append(inner)
@@ -282,7 +287,7 @@ def _explain_status(status: int, said: str, repo_id: str) -> str:
         )
     full = status == 403 and any(word in said.lower() for word in ("storage", "quota"))
     if full or status in (402, 413, 507):
-        return f"the Hub accepts no more data ({status}: {said}): free some storage, then run the same command again"
+        return f"the Hub accepts no more data ({status}: {said}): free some storage, then try again"
     if status == 403:
         return f"this token may not write to {repo_id} (403: {said}): use another token, or another name"
     if status == 404:

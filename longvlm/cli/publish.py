@@ -67,7 +67,7 @@ def publish_command(
         license_name=license_name,
         license_link=license_link,
         datasets=dataset or (),
-        language=language or ("en",),
+        language=language or None,
         tags=tag or (),
         results=read_results(results) if results is not None else (),
         new_card=new_card,

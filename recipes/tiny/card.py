@@ -7,37 +7,47 @@ from typing import Any
 from huggingface_hub import EvalResult
 
 from longvlm.evaluation.storyline.scoring import table
-from longvlm.publishing.model_card import NO_BASE_MODEL, make_card
+from longvlm.publishing.model_card import NO_BASE_MODEL, make_card, read_config
 
 NAME = "longvlm-tiny"
 
-_USAGE = """\
-It comes with the package `longvlm`:
-
-```python
-import longvlm
-from transformers import pipeline
-
-ask = pipeline("video-question-answering", model=longvlm.tiny_checkpoint())
-print(ask(video="story.mp4", question="What is the first object?")["answer"])
-```
-
+_NOTICE = """\
 **It knows nothing but Storyline**, a synthetic world of simple objects that move, grow, blink, turn, appear and leave,
 one after the other. Its answers about a real video mean nothing. It knows only the words of Storyline's questions, and
 gives one of Storyline's answers whatever it is asked."""
 
+_USAGE = """\
+It comes with the package `longvlm`, which also makes Storyline's videos:
+
+```python
+import longvlm
+from longvlm.evaluation import storyline
+from transformers import pipeline
+
+story = storyline.make_story(storyline.story_seed("test", 0), duration=20)  # seconds
+storyline.write_video(story, "story.mp4", fps=10, size=224)
+
+ask = pipeline("video-question-answering", model=longvlm.tiny_checkpoint())
+print(ask(video="story.mp4", question="What is the first object?")["answer"])
+```"""
+
 _DETAILS = """\
-Storyline's test split consists of other stories than training, and its combinations of colour, shape and action do not
-occur in training. Each question was asked in a conversation of its own. Accuracy in percent; in brackets a 95 %
+The stories of Storyline's test split are new to the model, and so are their combinations of colour, shape and action.
+Each question was asked in a conversation of its own. Accuracy in percent by kind of question; in brackets a 95 %
 bootstrap interval.
 
 {table}
 
-Chance is about 17 %, and so is what can be guessed from the questions (`docs/storyline.md`).{blind}
+Chance is about 17 %, and guessing from the questions alone does no better (`docs/storyline.md` in the repository of
+`longvlm`).{blind}
 
 ## Training
 
-`make tiny` trains it from scratch, here with {machine}, {versions}:
+Every part is trained from scratch: a CLIP vision transformer for frames of {image_size} x {image_size} pixels, a
+projector of two layers, and a language model with the architecture of SmolLM3, no rotary positions in its last
+{layers_without_positions} layers, and a byte-level tokenizer of {vocabulary} entries.
+
+`make tiny` runs the training, here with {machine}, {versions}:
 
 {stages}
 
@@ -56,12 +66,13 @@ Chance is about 17 %, and so is what can be guessed from the questions (`docs/st
 4. For long videos, the positions of a quarter of the short ones are stretched (up to 1,600), and the last stage mixes
    all lengths."""
 
-_BLIND = """ Without a video it
-does not guess: most of its answers ({:.0f} %) are then not an answer to the question at all."""
+_BLIND = """ Without a video the model does not guess: {:.0f} % of what it says is then not an answer to the
+question at all."""
 
 
 def card_text(folder: str | Path, results: Mapping[str, Mapping[str, Any]], about: Mapping[str, Any]) -> str:
-    """
+    """The whole README.md.
+
     Args:
         folder: the checkpoint.
         results: name -> scores, as in `scores.json`.
@@ -70,7 +81,11 @@ def card_text(folder: str | Path, results: Mapping[str, Mapping[str, Any]], abou
     seconds = about["seconds"]
     minutes, rest = divmod(sum(seconds.values()), 60)
     stages = [f"- {name}: {one // 60} min {one % 60} s" for name, one in seconds.items()]
+    config = read_config(Path(folder))
     details = _DETAILS.format(
+        image_size=config.vision_config.image_size,
+        layers_without_positions=config.text_config.no_rope_layers.count(0),
+        vocabulary=config.text_config.vocab_size,
         table=table(results),
         blind=_BLIND.format(100 * results["no video"]["unparsed"]) if "no video" in results else "",
         stages="\n".join([*stages, f"- all: {minutes} min {rest} s"]),
@@ -80,11 +95,13 @@ def card_text(folder: str | Path, results: Mapping[str, Mapping[str, Any]], abou
     measured = [
         EvalResult(
             task_type="video-text-to-text",
+            task_name="Video question answering",
             dataset_type="storyline",
             dataset_name=f"Storyline, {name}",
             dataset_config=name,
             dataset_split="test",
             metric_type="accuracy",
+            metric_name="Accuracy in percent",
             metric_value=round(100 * scores["accuracy"], 1),
         )
         for name, scores in results.items()
@@ -97,6 +114,7 @@ def card_text(folder: str | Path, results: Mapping[str, Mapping[str, Any]], abou
         base_model=[NO_BASE_MODEL],
         tags=["synthetic"],
         results=measured,
+        notice=_NOTICE,
         usage=_USAGE,
         details=details,
     )

@@ -107,7 +107,8 @@ def make_config(vision: CLIPVisionModel, tokenizer, *, width: int = 192, **metho
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
     )
     settings = {**METHOD, "projector_type": "mlp2x_gelu", "vision_chunk_frames": 64, **method}
-    return LongVLMConfig(vision_config=vision.config.to_dict(), text_config=text.to_dict(), **ids, **settings)
+    vision_config = vision.config.to_dict() | {"_name_or_path": ""}  # a folder of this run
+    return LongVLMConfig(vision_config=vision_config, text_config=text.to_dict(), **ids, **settings)
 
 
 def make_processor(config: LongVLMConfig, tokenizer, num_frames: int = NUM_FRAMES) -> LongVLMProcessor:

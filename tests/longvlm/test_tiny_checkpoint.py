@@ -4,6 +4,7 @@ The floors lie below what its model card says of all stories, by more than such 
 """
 
 import json
+import re
 
 import pytest
 from transformers import pipeline
@@ -11,6 +12,7 @@ from transformers import pipeline
 import longvlm
 from longvlm.evaluation import storyline
 from longvlm.evaluation.storyline.scoring import answer_stories, score
+from longvlm.publishing import text_problems, weight_problems
 from recipes.tiny.build import measure
 from recipes.tiny.card import card_text
 
@@ -82,6 +84,21 @@ def test_the_card_is_what_the_recipe_makes_of_the_scores():
     folder = longvlm.tiny_checkpoint()
     scores, training = (json.loads((folder / f"{name}.json").read_text()) for name in ("scores", "training"))
     assert (folder / "README.md").read_text(encoding="utf-8") == card_text(folder, scores, training)
+
+
+def test_it_names_no_folder_of_the_machine_that_trained_it():
+    files = {path.name: path for path in longvlm.tiny_checkpoint().iterdir()}
+    assert text_problems(files) == [] and weight_problems(files) == []
+
+
+def test_snippet_of_the_card_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    card = (longvlm.tiny_checkpoint() / "README.md").read_text(encoding="utf-8")
+    (snippet,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    exec(compile(snippet, "README.md", "exec"), {})
+    question = storyline.make_questions(storyline.make_story(storyline.story_seed("test", 0), duration=20))[0]
+    assert question.question == "Which colour does the object seen first have?"
+    assert capsys.readouterr().out.startswith(f"{question.answer} ")
 
 
 def test_card_tells_the_scores_that_were_measured():

@@ -109,6 +109,20 @@ def test_untrained_parts_are_told(folder, tmp_path):
     assert "**Not ready for use: untrained (vision tower and multi modal projector).** Until they are trained" in card
 
 
+def test_text_fits_the_checkpoint(folder, tmp_path):
+    card = str(make_card(folder, "me/tiny", **ABOUT, notice="**Synthetic videos only.**"))
+    assert "global tokens of the whole\nvideo are added, so that 8 frames" in card
+    assert "for the language model.\n\n**Synthetic videos only.**\n\n## How to use it" in card
+    assert "- The licences of its parts (me/llm, me/encoder) apply to it as well." in card
+    assert "for research only" in card
+    without = save_tiny_longvlm(tmp_path, global_placement="none")
+    card = str(make_card(without, "me/tiny", license="mit", base_model=["none"]))
+    assert "global tokens of the whole" not in card and "in order of time, so that 8 frames" in card
+    assert "licences of its parts" not in card and "for research only" not in card
+    of_data = make_card(without, "me/tiny", license="mit", base_model=["none"], datasets=["me/stories"])
+    assert "\n- Some of its training data may be for research only.\n\n## Citation" in str(of_data)
+
+
 def test_nothing_of_the_template_is_left(folder):
     for results in (
         [],
@@ -172,6 +186,21 @@ def test_wrong_kind_of_card_is_completed_or_refused():
     assert "cannot be parsed" in check_card("---\nlicense: mit\nmodel-index: [{name: x, results: [{}]}]\n---\n")[0]
 
 
+def test_own_card_takes_language_and_results():
+    own = "---\nlanguage: en\nmetrics: [bleu]\n---\nText"
+    result = EvalResult(**RESULT)
+    card = complete_card(own, license="mit", base_model=["me/llm"], language=["de"], results=[result], model_name="x")
+    data = metadata(card)
+    assert data["language"] == ["de"] and data["metrics"] == ["accuracy"] and card.text == "Text"
+    assert data["model-index"][0]["name"] == "x" and check_card(str(card)) == []
+    assert ModelCard(str(card)).data.eval_results[0].metric_value == 0.625
+    # Without them, what the card says stays; so does its own name for the model.
+    named = str(card).replace("name: x", "name: y")
+    again = metadata(complete_card(named, datasets=["me/stories"], results=[result], model_name="x"))
+    assert again["language"] == ["de"] and again["model-index"][0]["name"] == "y"
+    assert metadata(complete_card(own))["metrics"] == ["bleu"]
+
+
 @pytest.mark.parametrize("name", ["lmsys/vicuna-7b-v1.1", "huggyllama/llama-7b", "me/LLaVA-Lightning-7B-delta-v1-1"])
 def test_llama_1_and_its_kin_are_known_by_name(name, folder):
     assert "LLaMA-1" in licence_warnings(make_card(folder, "me/x", license="mit", base_model=[name]), {})[0]
@@ -205,8 +234,9 @@ def test_results_file(tmp_path):
     path = tmp_path / "results.json"
     path.write_text(json.dumps([RESULT]))
     assert read_results(path) == [EvalResult(**RESULT)]
-    for wrong in (json.dumps(RESULT), "[{}]", "not JSON", json.dumps([{**RESULT, "unknown": 1}])):
-        path.write_text(wrong)
+    more = ({"unknown": 1}, {"source_name": "a table without its address"})
+    for wrong in (json.dumps(RESULT), "[{}]", "not JSON", "\xff", *(json.dumps([RESULT | one]) for one in more)):
+        path.write_text(wrong, encoding="latin-1")
         with pytest.raises(ValueError, match=r"results\.json is not a list of results") as error:
             read_results(path)
         assert "\n" not in str(error.value)

@@ -243,6 +243,13 @@ def test_dry_run_shows_files_and_card_and_asks_the_hub_nothing(hub, quick, folde
     assert not hub.requests and not (folder / "README.md").exists()
 
 
+def test_progress_names_each_step(hub, quick, folder):
+    steps = []
+    publish(folder, "me/x", **CARD, progress=lambda stage, done=0, total=0: steps.append((stage, done, total)))
+    loading = "loading the checkpoint in a process without this package"
+    assert steps == [("checking the files", 0, 0), (loading, 0, 0), ("uploading", 0, 0)]
+
+
 def test_address_goes_to_stdout(hub, quick, folder, capfd):
     code, out, err = command(capfd, folder, "--repo-id", "me/x", *CARD_OPTIONS, "--private", "--quiet")
     assert (code, out, err) == (0, f"{hub.url}/me/x\n", "")
@@ -282,6 +289,20 @@ def test_own_card_keeps_its_text_and_gets_the_metadata(hub, quick, folder):
     for line in ("license: mit", "- me/llm", "- mine", "- longvlm", "pipeline_tag: video-text-to-text"):
         assert line in card
     assert "My own words" not in publish(folder, "me/x", **CARD, new_card=True, dry_run=True).card
+
+
+@pytest.mark.parametrize("own_card", [False, True])
+def test_language_and_results_of_the_command_line_reach_the_card(own_card, hub, quick, folder, tmp_path, capfd):
+    if own_card:
+        (folder / "README.md").write_text("---\nlanguage: en\n---\n\n# My own words\n")
+    result = {"task_type": "t", "dataset_type": "d", "dataset_name": "D", "metric_type": "accuracy"}
+    (tmp_path / "results.json").write_text(json.dumps([result | {"metric_value": 0.625}]))
+    options = ("--language", "de", "--results", tmp_path / "results.json", "--quiet")
+    code, _, err = command(capfd, folder, "--repo-id", "me/x", *CARD_OPTIONS, *options)
+    assert (code, err) == (0, "")
+    card = hub.repos["me/x"].branches["main"]["README.md"].decode()
+    assert "language:\n- de\n" in card and "value: 0.625" in card and "name: x" in card
+    assert ("My own words" in card) == own_card
 
 
 def test_llama_1_is_warned_about(hub, quick, folder, capfd):
@@ -337,6 +358,14 @@ SPOILED = {
     "relative path": (
         edit("tokenizer_config.json", lambda values: values.update(name_or_path="../llm")),
         r"tokenizer_config.json, line \d+: name_or_path is the local path ../llm",
+    ),
+    "relative path without dots": (
+        edit("config.json", lambda values: values["vision_config"].update(_name_or_path="runs/clip/encoder")),
+        r"config.json, line \d+: _name_or_path is the local path runs/clip/encoder",
+    ),
+    "hidden folder": (
+        edit("config.json", lambda values: values["vision_config"].update(_name_or_path=".cache/encoder")),
+        r"config.json, line \d+: _name_or_path is the local path .cache/encoder",
     ),
     "Windows path": (
         edit("tokenizer_config.json", lambda values: values.update(name_or_path="C:\\models\\llm")),
@@ -408,6 +437,12 @@ def test_every_problem_is_a_line_and_the_exit_code_is_2(hub, quick, folder, capf
     assert not hub.requests
 
 
+def test_excluded_configuration_is_a_problem(hub, quick, folder, capfd):
+    code, _, err = command(capfd, folder, "--repo-id", "me/x", *CARD_OPTIONS, "--exclude", "config.json", "--quiet")
+    assert code == 2 and "longvlm: error: config.json is missing: save the model again, or do not" in err
+    assert "leave it out with --exclude\n" in err and not hub.requests
+
+
 def test_update_code_publishes_the_installed_code(hub, quick, folder):
     (folder / "token_merging.py").write_text("old = True\n")
     (folder / "forgotten.py").write_text("old = True\n")
@@ -432,7 +467,7 @@ def test_folder_that_does_not_load_is_refused(hub, folder):
     name = "model.multi_modal_projector.linear_1.weight"
     kept = {key: tensor for key, tensor in tensors.items() if key != name}
     save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(NotReady, match=f"1 missing weights, for example {name}"):
+    with pytest.raises(NotReady, match=f"missing weights: 1, for example {name}"):
         publish(folder, "me/x", **CARD)
     save_file(tensors | {name: torch.full_like(tensors[name], float("nan"))}, folder / "model.safetensors")
     with pytest.raises(NotReady, match="computes NaN"):
@@ -480,7 +515,7 @@ def test_failure_is_one_line_commits_nothing_and_the_next_run_finishes(case, hub
     arguments = (folder, "--repo-id", "me/x", *CARD_OPTIONS, "--quiet")
     message = check_failed(*command(capfd, *arguments))
     if failure == "drop":
-        assert "connection" in message and "run the same command again" in message
+        assert "connection" in message and "try again, files that have arrived are not sent twice" in message
     elif "quota" in case or failure[0] in EXPECTED:
         assert ("accepts no more data" if "quota" in case else EXPECTED[failure[0]]) in message
     else:

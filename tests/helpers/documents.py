@@ -18,7 +18,6 @@ PAGES = sorted(
         *ROOT.glob("longvlm/*/*.md"),
         *ROOT.glob("evaluation/*/*.md"),
     )
-    if page.name not in ("DESIGN.md", "HOUSE.md", "PACKAGING.md", "PEERS.md")
 )
 
 

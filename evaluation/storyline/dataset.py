@@ -6,12 +6,12 @@ is whole, and what is there already is not made again.
 """
 
 import json
-import os
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+from longvlm.files import atomic_write
 
 from .questions import KINDS, make_questions
 from .story import NUM_EVENTS, SPLITS, Story, make_story, story_seed
@@ -80,13 +80,13 @@ def write_benchmark(
     """Writes the benchmark: `data/SPLIT.parquet`, a card, and `videos/SPLIT/SEED.mp4` on request.
 
     Args:
-        folder: new, empty, or one that an earlier call with the same settings left unfinished.
-        num_stories: split -> how many stories; splits may be left out.
-        videos: of all splits (True), none, or those named, as H.264 with `fps` and `size`.
-        progress: called as `progress(done, total)` after each story's video.
+        folder: a new or empty folder, or one that an earlier call with the same settings left unfinished.
+        num_stories: split -> number of stories; splits can be left out.
+        videos: write videos (H.264 with `fps` and `size`) for all splits (True), for none, or for those named.
+        progress: called as `progress("videos", done, total)` after each video.
 
     Raises:
-        ValueError: the folder holds a benchmark with other settings, or something else.
+        ValueError: the folder contains a benchmark with other settings, or something else.
     """
     folder = Path(folder)
     unknown = [split for split in num_stories if split not in SPLITS]
@@ -94,7 +94,7 @@ def write_benchmark(
         raise ValueError(f"num_stories={dict(num_stories)} must name some of the splits {', '.join(SPLITS)}")
     named = (list(num_stories) if videos else []) if isinstance(videos, bool) else list(videos)
     if wrong := [split for split in named if split not in num_stories]:
-        raise ValueError(f'videos of split "{wrong[0]}" are asked for, of which num_stories has none')
+        raise ValueError(f'videos of split "{wrong[0]}" are asked for, which num_stories does not contain')
     settings = {
         "version": VERSION,
         "num_stories": dict(num_stories),
@@ -112,7 +112,8 @@ def write_benchmark(
             rows = build_dataset(
                 split, count, duration=duration, num_events=num_events, kinds=kinds, per_kind=per_kind
             )
-            _write_whole(target, lambda path, rows=rows: rows.to_parquet(path))
+            with atomic_write(target) as path:
+                rows.to_parquet(path)
     done, total = 0, sum(num_stories[split] for split in named)
     for split in named:
         for story in _stories(split, num_stories[split], 0, duration, num_events):
@@ -120,14 +121,15 @@ def write_benchmark(
             if not target.exists():
                 write_video(story, target, fps=fps, size=size)
             done += 1
-            if progress:
-                progress(done, total)
-    _write_whole(folder / "README.md", lambda path: Path(path).write_text(card_text(num_stories), encoding="utf-8"))
+            if progress is not None:
+                progress("videos", done, total)
+    with atomic_write(folder / "README.md") as path:
+        path.write_text(card_text(num_stories), encoding="utf-8")
     return folder
 
 
 def card_text(splits: Mapping[str, int] | Sequence[str] = SPLITS) -> str:
-    """The dataset card, with metadata that tells `datasets` where these splits are."""
+    """The dataset card; its metadata tell `datasets` where these splits are."""
     text = (Path(__file__).parent / "dataset_card.md").read_text(encoding="utf-8")
     lines = text.split("\n")
     for split in SPLITS:
@@ -166,33 +168,21 @@ def _video_name(story: Story) -> str:
 
 
 def _claim(folder: Path, settings: dict[str, Any]) -> None:
-    """Makes the folder this benchmark's own, or sees that it is."""
+    """Marks the folder as this benchmark's, or checks that it is."""
     file = folder / SETTINGS
     if file.exists():
         there = json.loads(file.read_text(encoding="utf-8"))
         for name in settings:
             if there.get(name) != settings[name]:
                 raise ValueError(
-                    f"{folder} holds a benchmark with {name}={there.get(name)}, not {settings[name]}; "
+                    f"{folder} contains a benchmark with {name}={there.get(name)}, not {settings[name]}; "
                     "choose another folder or the same settings"
                 )
     elif folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"{folder} is not empty and holds no Storyline benchmark; choose a new folder")
+        raise ValueError(f"{folder} is not empty and not a Storyline benchmark; choose a new folder")
     else:
-        _write_whole(file, lambda path: Path(path).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8"))
-
-
-def _write_whole(target: Path, write) -> None:
-    """`write(path)` to another name, then rename: nobody sees half of a file."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, unfinished = tempfile.mkstemp(prefix=".", suffix=target.suffix, dir=target.parent)
-    os.close(descriptor)
-    try:
-        write(unfinished)
-        os.chmod(unfinished, 0o644)
-        os.replace(unfinished, target)
-    finally:
-        Path(unfinished).unlink(missing_ok=True)
+        with atomic_write(file) as path:
+            path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def _datasets():

@@ -1,11 +1,11 @@
-"""Stories as things to watch: an H.264 file, and a sheet of pictures with times and events."""
+"""Stories to look at: an H.264 file, and a sheet of pictures with times and events."""
 
-import os
-import tempfile
 from fractions import Fraction
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
+
+from longvlm.files import atomic_write
 
 from .questions import DOES
 from .render import Renderer, iter_frames
@@ -15,50 +15,41 @@ from .story import Story
 def write_video(story: Story, path, fps: float = 10, size: int = 64, *, crf: int = 18) -> Path:
     """Writes the story as H.264 (yuv420p), frame by frame; memory does not grow with the length.
 
-    The file appears under its name when it is whole. `path` ends in .mp4 or .mkv. Frame `i` shows the time `i / fps`.
-    The frames that go in are determined to the byte; x264 itself now and then decides differently in another run.
+    The file appears once it is complete. `path` ends in .mp4 or .mkv. Frame `i` shows the time `i / fps`. The frames
+    are identical to the byte in every run; x264 does not always encode them to the same bytes.
 
     Raises:
         ImportError: PyAV is missing.
-        ValueError: an odd `size`, which yuv420p does not have, or one out of range.
+        ValueError: `size` is odd, which yuv420p does not support, or out of range.
     """
     try:
         import av
     except ImportError:
         raise ImportError("writing video needs PyAV, which is not installed; run: pip install av") from None
     if size % 2:
-        raise ValueError(f"size={size} is odd; H.264 in yuv420p needs an even one, such as {size + 1}")
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+        raise ValueError(f"size={size} is odd; H.264 in yuv420p needs an even size, such as {size + 1}")
     rate = Fraction(fps).limit_denominator(1000)
     frames = iter_frames(story, fps=fps, size=size)
-    descriptor, unfinished = tempfile.mkstemp(prefix=".", suffix=path.suffix, dir=path.parent)
-    os.close(descriptor)
-    try:
-        with av.open(unfinished, "w") as container:
-            stream = container.add_stream("libx264", rate=rate)
-            stream.width = stream.height = size
-            stream.pix_fmt = "yuv420p"
-            stream.options = {"crf": str(crf), "preset": "veryfast"}
-            stream.codec_context.thread_count = 1
-            for pixels in frames:
-                frame = av.VideoFrame.from_ndarray(pixels, format="rgb24").reformat(format="yuv420p")
-                container.mux(stream.encode(frame))
-            container.mux(stream.encode())
-        os.chmod(unfinished, 0o644)
-        os.replace(unfinished, path)
-    finally:
-        Path(unfinished).unlink(missing_ok=True)
-    return path
+    with atomic_write(path) as unfinished, av.open(str(unfinished), "w") as container:
+        stream = container.add_stream("libx264", rate=rate)
+        stream.width = stream.height = size
+        stream.pix_fmt = "yuv420p"
+        stream.options = {"crf": str(crf), "preset": "veryfast"}
+        stream.codec_context.thread_count = 1
+        for pixels in frames:
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24").reformat(format="yuv420p")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return Path(path)
 
 
 def contact_sheet(story: Story, path=None, *, pictures_per_event: int = 5, size: int = 128) -> Image.Image:
-    """A row for each event: its pictures in order, with times, and in words what happens. Saved as `path`, if given.
+    """A row per event: its pictures in order with their times, and what happens in words. Saved as `path`, if given.
 
-    The first row shows the backgrounds: the middle of each, without regard to events.
+    The first row shows the backgrounds, each at its middle, whatever happens there.
     """
     title = f"A story of split {story.split} (seed {story.seed}): {len(story.events)} events in {story.duration:g} s"
-    legend = "A row is an event, from left to right. Small grey dots and bars drift about and mean nothing."
+    legend = "Each row is an event, from left to right. Small grey dots and bars drift about and mean nothing."
     shares = ", ".join(f"{kind} for {share:.0%} of the video" for kind, share in story.scene_shares().items())
     middles = [((scene.start + scene.end) / 2, f": {scene.kind}") for scene in story.scenes]
     rows: list[tuple[str, list[tuple[float, str]]]] = [(f"Behind the objects: {shares}", middles)]

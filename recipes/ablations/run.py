@@ -20,6 +20,7 @@ from transformers.utils import logging
 
 from longvlm.evaluation.storyline import KINDS, frames_at, middle_times
 from longvlm.features.store import FeatureReader, FeatureWriter
+from longvlm.files import atomic_write
 from recipes.ablations.report import write_report
 from recipes.ablations.variants import VARIANTS, Variant, condense
 from recipes.tiny.language import LanguageWithHeads, train_language
@@ -157,8 +158,8 @@ def main() -> None:
         (variant,) = [variant for variant in VARIANTS if variant.name == options.only[0]]
         result = run_one(start, variant, int(options.only[1]), options.out, steps=options.steps)
         file = results / f"{variant.name}-{options.only[1]}.json"
-        file.with_suffix(".partial").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        file.with_suffix(".partial").rename(file)
+        with atomic_write(file) as partial:
+            partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         return
     for split, count in (("train", options.train), ("test", options.test)):
         print(f"ablations: encoding {count} stories of {split}", flush=True)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from longvlm.evaluation.storyline import KINDS
+from longvlm.files import atomic_write
 from recipes.tiny.lessons import IGNORED, Group, Lesson, Lessons, Plan, PromptMaker, block_mask, unwrap
 from recipes.tiny.loop import fit, steps_done
 from recipes.tiny.segment_truth import CHANGE, HEADS, KNOWN, NAMED, POSE, SEEN
@@ -224,5 +225,5 @@ def train_language(
         per_device_train_batch_size=1,
         seed=seed,
     )
-    torch.save(learner.state_dict(), folder / "unfinished.pt")
-    (folder / "unfinished.pt").rename(folder / _TRAINED)
+    with atomic_write(folder / _TRAINED) as file:
+        torch.save(learner.state_dict(), file)

@@ -24,6 +24,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from transformers import CLIPVisionConfig, CLIPVisionModel, set_seed
 
 from longvlm.evaluation.storyline import COLOURS, SCENES, SHAPES, Renderer, Story, make_story, story_seed
+from longvlm.files import atomic_write, output_folder
 from recipes.tiny.loop import fit, steps_done
 
 FRAME_SIZE, PATCH_SIZE = 64, 8
@@ -192,9 +193,9 @@ def train_vision(folder: Path, rounds: Sequence[Round] = ROUNDS, *, seed: int = 
                     model, dataset, collate, checkpoints, max_steps=one.steps, learning_rate=one.learning_rate,
                     per_device_train_batch_size=16, seed=seed,
                 )  # fmt: skip
-                save_file(model.state_dict(), f"{weights}.partial")
-                Path(f"{weights}.partial").rename(weights)
+                with atomic_write(weights) as file:
+                    save_file(model.state_dict(), file)
             model.load_state_dict(load_file(weights))
-        model.vision.save_pretrained(folder / "encoder-unfinished")
-        (folder / "encoder-unfinished").rename(done)
+        with output_folder(done) as unfinished:
+            model.vision.save_pretrained(unfinished)
     return CLIPVisionModel.from_pretrained(done)

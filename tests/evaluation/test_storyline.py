@@ -465,7 +465,7 @@ def test_the_written_benchmark_loads_and_goes_on_where_it_was_stopped(tmp_path, 
     folder, calls = tmp_path / "storyline", []
     options = {"num_stories": {"train": 3, "test": 2}, "videos": True, "duration": 10, "fps": 5, "size": 32}
 
-    def stop(done, total):
+    def stop(stage, done, total):
         calls.append((done, total))
         if len(calls) == 2:
             raise KeyboardInterrupt
@@ -483,7 +483,7 @@ def test_the_written_benchmark_loads_and_goes_on_where_it_was_stopped(tmp_path, 
     for split in loaded.values():
         assert all((folder / video).is_file() for video in split["video"])
     assert not [file for file in folder.rglob(".*") if file.is_file()]
-    with pytest.raises(ValueError, match="holds a benchmark with fps=5, not 6"):
+    with pytest.raises(ValueError, match="contains a benchmark with fps=5, not 6"):
         storyline.write_benchmark(folder, **{**options, "fps": 6})
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "mine.txt").write_text("")

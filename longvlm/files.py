@@ -8,6 +8,7 @@ import glob
 import itertools
 import json
 import os
+import platform
 import re
 import shutil
 from collections.abc import Iterator
@@ -18,17 +19,24 @@ from typing import Any
 import psutil
 
 _numbers = itertools.count()  # two threads may write to one place
+_HOST = (
+    re.sub(r"\W", "", platform.node()) or "host"
+)  # process ids of other machines that share the disk mean nothing here
+_UMASK = os.umask(0)
+os.umask(_UMASK)
 
 
 def check_free(out: str | Path, *, overwrite: bool = False) -> Path:
     """`out` as a path, if something may be written there.
 
     Raises:
-        ValueError: it is a file, or a folder with something in it and not `overwrite`.
+        ValueError: it is a file, a folder with something in it and not `overwrite`, or one that must not be replaced.
     """
     out = Path(out)
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file; give a folder to write to")
+    if out.is_dir() and any(out.iterdir()) and overwrite:
+        _check_replaceable(out)
     if out.is_dir() and any(out.iterdir()) and not overwrite:
         raise ValueError(f"{out} is not empty; give another folder, or replace its contents with `overwrite`")
     return out
@@ -43,7 +51,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     path = Path(path).resolve()  # replace what a link points to, not the link
     path.parent.mkdir(parents=True, exist_ok=True)
     _clear_leftovers(path)
-    partial = path.parent / f".{path.name}.partial-{os.getpid()}.{next(_numbers)}{path.suffix}"
+    partial = path.parent / f".{path.name}.partial-{_writer()}{path.suffix}"
     try:
         yield partial
         share_as_other_files(partial)
@@ -60,8 +68,8 @@ def output_folder(out: str | Path, *, overwrite: bool = False) -> Iterator[Path]
     out = check_free(out, overwrite=overwrite).resolve()  # replace what a link points to, not the link
     out.parent.mkdir(parents=True, exist_ok=True)
     _clear_leftovers(out)
-    partial = out.parent / f".{out.name}.partial-{os.getpid()}"
-    previous = out.parent / f".{out.name}.previous-{os.getpid()}"
+    writer = _writer()
+    partial, previous = (out.parent / f".{out.name}.{kind}-{writer}" for kind in ("partial", "previous"))
     partial.mkdir()
     try:
         yield partial
@@ -79,6 +87,24 @@ def output_folder(out: str | Path, *, overwrite: bool = False) -> Iterator[Path]
         shutil.rmtree(previous, ignore_errors=True)
 
 
+def _check_replaceable(out: Path) -> None:
+    """
+    Raises:
+        ValueError: the folder is a mount point, which cannot be renamed, or replacing it would remove far too much.
+    """
+    resolved = out.resolve()
+    if os.path.ismount(resolved):
+        raise ValueError(f"{out} is a mount point, which cannot be replaced as a whole; give a folder inside it")
+    for name, place in (("the current folder", Path.cwd()), ("your home folder", Path.home())):
+        if place.resolve().is_relative_to(resolved):
+            raise ValueError(f"{out} is or contains {name}, so its contents are not replaced; give another folder")
+
+
+def _writer() -> str:
+    """Names who writes: process, machine, and the number of the file or folder."""
+    return f"{os.getpid()}.{_HOST}.{next(_numbers)}"
+
+
 def _clear_leftovers(out: Path) -> None:
     """Removes what dead processes left beside `out`; restores a folder that was lost between two renames."""
     for kind in ("previous", "partial"):
@@ -94,12 +120,13 @@ def _clear_leftovers(out: Path) -> None:
 
 
 def _is_abandoned(path: Path) -> bool:
-    """Whether nobody is writing it any more; its name contains the id of the process that started it."""
-    pid = re.search(r"\.(?:partial|previous)-(\d+)", path.name)
-    if pid is None:
+    """Whether nobody is writing it any more; its name says which process started it, and on which machine."""
+    writer = re.search(r"\.(?:partial|previous)-(\d+)\.(\w+)\.\d+", path.name)
+    if writer is None or writer[2] != _HOST:
         return False
-    if int(pid[1]) != os.getpid():
-        return not psutil.pid_exists(int(pid[1]))
+    pid = int(writer[1])
+    if pid != os.getpid():
+        return not psutil.pid_exists(pid)
     # Containers hand out the same ids each time: an earlier process may have had ours.
     try:
         return path.stat().st_mtime < psutil.Process().create_time()
@@ -109,10 +136,9 @@ def _is_abandoned(path: Path) -> bool:
 
 def share_as_other_files(path: Path) -> None:
     """Gives a file, or all files in a folder, the default mode of new files; safetensors writes for the owner only."""
-    umask = os.umask(0)
-    os.umask(umask)
     for file in path.rglob("*") if path.is_dir() else (path,):
-        file.chmod((0o777 if file.is_dir() else 0o666) & ~umask)
+        if not file.is_symlink():  # else what it points to would be changed, which is not ours
+            file.chmod((0o777 if file.is_dir() else 0o666) & ~_UMASK)
 
 
 def read_json_object(file: str | Path) -> dict[str, Any]:

@@ -39,14 +39,16 @@ def load(
         [`LongVLMEngine`], in evaluation mode.
 
     Raises:
-        ValueError: there is no such model, it is of another kind, or the device cannot be used here.
+        ValueError: there is no such model, it is of another type, or the device or dtype cannot be used.
     """
     source = str(model if model is not None else os.environ.get("LONGVLM_MODEL") or tiny_checkpoint())
     where = {name: options[name] for name in _WHERE if name in options}
     source = _check_kind(source, where)
-    if device is not None and "device_map" in options:
+    if device is not None and options.get("device_map") is not None:
         raise ValueError(f'`device` "{device}" and `device_map` exclude each other; leave one of them out')
     check_device(device)
+    if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise ValueError(f'`dtype` "{dtype}" is not known; use auto, float32, bfloat16 or float16')
     loaded = LongVLMForConditionalGeneration.from_pretrained(source, dtype=dtype, **options).eval()
     if getattr(loaded, "hf_device_map", None) is None and not getattr(loaded, "is_quantized", False):
         loaded.to(device if device is not None else _best_device())
@@ -58,6 +60,8 @@ def _check_kind(source: str, where: dict) -> str:
     if looks_like_path:
         source = str(Path(source).expanduser())
     folder = Path(source)
+    if folder.is_file():
+        raise ValueError(f"{source} is a file; give the folder of the checkpoint")
     if looks_like_path and not folder.is_dir():
         raise ValueError(f"there is no model folder {source}; make one with `longvlm assemble`")
     if folder.is_dir() and "subfolder" not in where and not (folder / "config.json").is_file():

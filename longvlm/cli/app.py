@@ -1,7 +1,7 @@
 """The command `longvlm`, one file a command.
 
-This package is installed as `longvlm_cli`, since importing `longvlm` takes the seconds that torch and transformers take.
-The commands import them inside their functions, so that help appears at once.
+This package is installed as `longvlm_cli`, since importing `longvlm` takes the seconds that torch and transformers
+take. The commands import them inside their functions, so that help appears at once.
 """
 
 import sys

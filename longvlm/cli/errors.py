@@ -40,8 +40,8 @@ def exit_code_for(error: BaseException, command: Any, arguments: Sequence[str]) 
         return 2
     if os.environ.get("LONGVLM_TRACEBACK") or not _is_users(error):
         raise error
-    for problem in getattr(error, "problems", None) or [one_line(error)]:  # a checkpoint that fails several checks
-        print(f"longvlm: error: {name_flags(problem, command, arguments)}", file=sys.stderr)
+    for problem in getattr(error, "problems", None) or [error]:  # a checkpoint that fails several checks
+        print(f"longvlm: error: {name_flags(one_line(problem), command, arguments)}", file=sys.stderr)
     return 2
 
 
@@ -50,7 +50,8 @@ def one_line(error: BaseException | str) -> str:
     if type(error).__name__.startswith("StrictDataclass"):
         error = getattr(error, "__cause__", None) or error
     text = " ".join(str(error).replace("Value error, ", "").split()) or type(error).__name__
-    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
+    # The remedy is at the end.
+    return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
 
 
 def name_flags(text: str, command: Any, arguments: Sequence[str]) -> str:

@@ -107,7 +107,7 @@ def load_engine(model: str | None, *, quiet: bool = True, **options: Any):
     show_warnings_in_one_line(sys.stderr)
     silence_libraries()
     if model is None:
-        longvlm.tiny_checkpoint()
+        longvlm.tiny_checkpoint()  # raises if it is missing, before the note says that it answers
         print(NOTE, file=sys.stderr, flush=True)
     return longvlm.load(model, **options)
 

@@ -204,6 +204,7 @@ def bad(tmp_path, checkpoint, video):
         ("ask VIDEO Who? --model TMP/nothing", "nothing"),
         ("ask VIDEO Who? --model TMP/no_pictures", "config.json"),
         ("ask VIDEO Who? --model TMP/llm", "llama"),
+        ("ask VIDEO Who? --model MODEL/model.safetensors", "is a file"),
         ("ask VIDEO - --model MODEL", "no question"),
         ("ask VIDEO --model MODEL", "QUESTION"),
         ("ask VIDEO Who? --model MODEL --dtype float7", "float7"),

@@ -8,7 +8,7 @@ import pytest
 
 from longvlm.conversion.llava import convert_llava
 from longvlm.conversion.to_original import convert_to_original
-from longvlm.files import atomic_write, read_json_object
+from longvlm.files import atomic_write, check_free, output_folder, read_json_object
 from longvlm.publishing.model_card import read_config
 
 WRONG = {"a list": b"[]", "text": b'"x"', "no JSON": b"{", "not UTF-8": b"\xff\xfe\x00", "empty": b""}
@@ -31,7 +31,7 @@ def test_what_is_no_object_is_named(tmp_path, content):
     assert not (tmp_path / "out").exists()
 
 
-def test_fields_that_lack_are_no_traceback(tmp_path):
+def test_missing_fields_are_one_line(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "longvlm"}')
     with pytest.raises(ValueError, match="language model"):
         convert_to_original(tmp_path, tmp_path / "out")
@@ -86,3 +86,33 @@ def test_two_writers_at_once_do_not_meet(tmp_path):
         second.write_text("second")
         assert first != second
     assert out.read_text() == "first" and list(tmp_path.iterdir()) == [out]
+
+
+def test_what_another_machine_writes_to_a_shared_disk_stays(tmp_path):
+    """Its process ids mean nothing here."""
+    other = tmp_path / ".numbers.json.partial-999999999.othermachine.0.json"
+    other.write_text("half")
+    with atomic_write(tmp_path / "numbers.json") as partial:
+        partial.write_text("whole")
+    assert other.read_text() == "half"
+
+
+def test_files_behind_links_keep_their_modes(tmp_path):
+    (tmp_path / "secret.txt").touch(0o600)
+    with output_folder(tmp_path / "out") as folder:
+        (folder / "link.txt").symlink_to(tmp_path / "secret.txt")
+    assert (tmp_path / "secret.txt").stat().st_mode & 0o777 == 0o600
+
+
+def test_folders_that_must_not_be_replaced_are_refused(tmp_path, monkeypatch):
+    (tmp_path / "project" / "src").mkdir(parents=True)
+    (tmp_path / "project" / "precious.txt").touch()
+    monkeypatch.chdir(tmp_path / "project" / "src")
+    monkeypatch.setenv("HOME", str(tmp_path / "project"))
+    for out, reason in (("..", "current folder"), (str(tmp_path), "current folder"), ("/proc", "mount point")):
+        with pytest.raises(ValueError, match=reason):
+            check_free(out, overwrite=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="home folder"):
+        check_free(tmp_path / "project", overwrite=True)
+    assert (tmp_path / "project" / "precious.txt").exists()

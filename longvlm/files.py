@@ -5,6 +5,7 @@ next one that writes to the same destination.
 """
 
 import glob
+import hashlib
 import itertools
 import json
 import os
@@ -19,9 +20,18 @@ from typing import Any
 import psutil
 
 _numbers = itertools.count()  # two threads may write to one place
-_HOST = (
-    re.sub(r"\W", "", platform.node()) or "host"
-)  # process ids of other machines that share the disk mean nothing here
+
+
+def _machine() -> str:
+    """Where process ids mean the same: this machine and, in a container, its namespace."""
+    try:
+        namespace = os.readlink("/proc/self/ns/pid")
+    except OSError:
+        namespace = ""
+    return hashlib.blake2b(f"{platform.node()} {namespace}".encode(), digest_size=6).hexdigest()
+
+
+_MACHINE = _machine()
 _UMASK = os.umask(0)
 os.umask(_UMASK)
 
@@ -35,10 +45,10 @@ def check_free(out: str | Path, *, overwrite: bool = False) -> Path:
     out = Path(out)
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file; give a folder to write to")
-    if out.is_dir() and any(out.iterdir()) and overwrite:
-        _check_replaceable(out)
     if out.is_dir() and any(out.iterdir()) and not overwrite:
         raise ValueError(f"{out} is not empty; give another folder, or replace its contents with `overwrite`")
+    if out.is_dir():
+        _check_replaceable(out)
     return out
 
 
@@ -65,26 +75,28 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 @contextmanager
 def output_folder(out: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Yields a folder to fill; at the end it replaces `out`. After an error `out` is unchanged."""
-    out = check_free(out, overwrite=overwrite).resolve()  # replace what a link points to, not the link
+    out = Path(out).resolve()  # replace what a link points to, not the link
     out.parent.mkdir(parents=True, exist_ok=True)
-    _clear_leftovers(out)
+    _clear_leftovers(out)  # first: it may restore a folder
+    check_free(out, overwrite=overwrite)
     writer = _writer()
     partial, previous = (out.parent / f".{out.name}.{kind}-{writer}" for kind in ("partial", "previous"))
     partial.mkdir()
     try:
         yield partial
         share_as_other_files(partial)
-        if out.exists():
-            out.rename(previous)
         try:
+            if out.exists():
+                out.rename(previous)
             partial.rename(out)
-        except OSError:
-            if previous.exists():
+        except BaseException:  # also an interruption between the two
+            if previous.exists() and not out.exists():
                 previous.rename(out)
             raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-        shutil.rmtree(previous, ignore_errors=True)
+        if out.exists():
+            shutil.rmtree(previous, ignore_errors=True)
 
 
 def _check_replaceable(out: Path) -> None:
@@ -102,7 +114,7 @@ def _check_replaceable(out: Path) -> None:
 
 def _writer() -> str:
     """Names who writes: process, machine, and the number of the file or folder."""
-    return f"{os.getpid()}.{_HOST}.{next(_numbers)}"
+    return f"{os.getpid()}.{_MACHINE}.{next(_numbers)}"
 
 
 def _clear_leftovers(out: Path) -> None:
@@ -122,7 +134,7 @@ def _clear_leftovers(out: Path) -> None:
 def _is_abandoned(path: Path) -> bool:
     """Whether nobody is writing it any more; its name says which process started it, and on which machine."""
     writer = re.search(r"\.(?:partial|previous)-(\d+)\.(\w+)\.\d+", path.name)
-    if writer is None or writer[2] != _HOST:
+    if writer is None or writer[2] != _MACHINE:
         return False
     pid = int(writer[1])
     if pid != os.getpid():

@@ -7,6 +7,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from longvlm.bundled import tiny_checkpoint
+from longvlm.files import read_json_object
 from longvlm.modeling_longvlm.engine_longvlm import LongVLMEngine
 from longvlm.modeling_longvlm.modeling_longvlm import LongVLMForConditionalGeneration
 from longvlm.processing.processing_longvlm import LongVLMProcessor
@@ -43,19 +44,22 @@ def load(
     """
     source = str(model if model is not None else os.environ.get("LONGVLM_MODEL") or tiny_checkpoint())
     where = {name: options[name] for name in _WHERE if name in options}
-    source = _check_kind(source, where)
+    source, is_quantized = _check_kind(source, where)
     if device is not None and options.get("device_map") is not None:
         raise ValueError(f'`device` "{device}" and `device_map` exclude each other; leave one of them out')
     check_device(device)
     if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise ValueError(f'`dtype` "{dtype}" is not known; use auto, float32, bfloat16 or float16')
+    if device is not None and (is_quantized or options.get("quantization_config") is not None):
+        options["device_map"] = {"": device}  # quantised weights cannot be moved afterwards
     loaded = LongVLMForConditionalGeneration.from_pretrained(source, dtype=dtype, **options).eval()
     if getattr(loaded, "hf_device_map", None) is None and not getattr(loaded, "is_quantized", False):
         loaded.to(device if device is not None else _best_device())
     return LongVLMEngine(loaded, LongVLMProcessor.from_pretrained(source, **where), cache_bytes=cache_bytes)
 
 
-def _check_kind(source: str, where: dict) -> str:
+def _check_kind(source: str, where: dict) -> tuple[str, bool]:
+    """Returns the folder or Hub id, and whether its weights are quantised."""
     looks_like_path = source.startswith((".", "/", "~")) or source.count("/") > 1
     if looks_like_path:
         source = str(Path(source).expanduser())
@@ -64,8 +68,12 @@ def _check_kind(source: str, where: dict) -> str:
         raise ValueError(f"{source} is a file; give the folder of the checkpoint")
     if looks_like_path and not folder.is_dir():
         raise ValueError(f"there is no model folder {source}; make one with `longvlm assemble`")
-    if folder.is_dir() and "subfolder" not in where and not (folder / "config.json").is_file():
-        raise ValueError(f"{source} is not a checkpoint: it has no config.json; make one with `longvlm assemble`")
+    if folder.is_dir() and "subfolder" not in where:
+        if (folder / "adapter_config.json").is_file():
+            raise ValueError(f"{source} is a LoRA adapter, not a whole model; train with merge_lora: true")
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"{source} is not a checkpoint: it has no config.json; make one with `longvlm assemble`")
+        read_json_object(folder / "config.json")  # says what is wrong with a damaged one
     try:
         # Not AutoConfig: it would ask for permission to run a foreign model's code.
         values, _ = PreTrainedConfig.get_config_dict(source, **where)
@@ -74,8 +82,11 @@ def _check_kind(source: str, where: dict) -> str:
         raise ValueError(f"{source} is not a folder here, and cannot be loaded from the Hub: {reason}") from error
     model_type = values.get("model_type")
     if model_type != "longvlm":
-        raise ValueError(f"{source} is a {model_type} model, not a LongVLM; make one from it with `longvlm assemble`")
-    return source
+        raise ValueError(
+            f"{source} is not a LongVLM (its model_type is {model_type}): convert a LLaVA-style checkpoint with "
+            "`longvlm convert llava`, or combine an encoder and a language model with `longvlm assemble`"
+        )
+    return source, "quantization_config" in values
 
 
 def check_device(device: str | torch.device | None) -> None:

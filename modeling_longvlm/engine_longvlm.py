@@ -13,13 +13,14 @@ import copy
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
-from .feature_cache_longvlm import VideoFeatureCache, video_key
+from .feature_cache_longvlm import VideoFeatureCache, describe_options, video_key
 
 DEFAULT_MAX_NEW_TOKENS = 256
 
@@ -65,6 +66,15 @@ class LongVLMEngine:
         self.cache = VideoFeatureCache(cache_bytes)
         # Tokenizers keep padding and truncation as state: two threads at once fail with "Already borrowed".
         self._tokenizer_lock = threading.Lock()
+        self._stop_tokenizer_copy = None
+
+    @property
+    def _stop_tokenizer(self):
+        """A tokenizer for `generate()` to encode stop strings with: it does so outside our lock."""
+        with self._tokenizer_lock:
+            if self._stop_tokenizer_copy is None:
+                self._stop_tokenizer_copy = copy.deepcopy(self.processor.tokenizer)
+            return self._stop_tokenizer_copy
 
     # --- videos ---
 
@@ -87,18 +97,22 @@ class LongVLMEngine:
             VideoDecodeError: the video cannot be read.
             ValueError: features were given that this model cannot use, or with video options.
         """
+        return self._features_of(video, video_options, progress)
+
+    def _features_of(self, video, video_options: dict, progress: Progress | None, check: Callable | None = None):
+        """As `encode`. `check` is called while another thread encodes the video, and may raise."""
         if _are_features(video):
             if video_options:
                 raise ValueError(f"{', '.join(video_options)} cannot be applied to features: give the video itself")
-            return self.model.base_model.check_video_features(video)
-        settings = repr(sorted(video_options.items())), self.processor.video_processor.to_json_string(), self._method()
+            return self.model.base_model.as_video_features(video)
+        settings = describe_options(video_options), self.processor.video_processor.to_json_string(), self._method()
         if not _is_address(video):
             key = video_key(video, *settings)
-            return self.cache.get_or_make(key, lambda: self._encode(video, video_options, progress))
+            return self.cache.get_or_make(key, lambda: self._encode(video, video_options, progress), check)
         # Its content is the key: the same address may hold another video tomorrow.
         with self.processor.video_processor.open_video(video) as source:
             key = video_key(source.path if not source.temporary and source.path else source.digest(), *settings)
-            return self.cache.get_or_make(key, lambda: self._encode(source, video_options, progress))
+            return self.cache.get_or_make(key, lambda: self._encode(source, video_options, progress), check)
 
     def _encode(self, video, video_options: dict, progress: Progress | None):
         model, total, encoded = self.model.base_model, 0, 0
@@ -109,9 +123,11 @@ class LongVLMEngine:
             if progress is not None:
                 progress(stage, done, all_frames)
 
-        state = model.start_video()
+        state = None
         pieces = self.processor.video_processor.iter_pieces(video, progress=on_decoded, **video_options)
         for piece in pieces:
+            if state is None:
+                state = model.start_video(model.config.segment_length(total))
             state.duration = piece.duration
             for start in range(0, len(piece.pixel_values), model.config.vision_chunk_frames):
                 chunk = slice(start, start + model.config.vision_chunk_frames)
@@ -176,7 +192,8 @@ class LongVLMEngine:
         try:
             prompt = self._prepare(conversations, progress, should_stop, chat_template, chat_template_kwargs)
         except _Stopped:
-            answers = [[Answer("", [], [], "cancelled", 0)] for _ in conversations]
+            each = self._setting(generate_kwargs, "num_return_sequences") or 1
+            answers = [[Answer("", [], [], "cancelled", 0) for _ in range(each)] for _ in conversations]
         else:
             answers = self._answer(prompt, should_stop, generate_kwargs, return_details, return_full_text)
         results: list[Any] = [several if return_details else [one.text for one in several] for several in answers]
@@ -311,11 +328,11 @@ class LongVLMEngine:
     def _take_features(self, messages, progress, should_stop) -> tuple[list[dict], Any]:
         """-> the conversation with empty video parts, and the features of all its videos (`None`: no video)."""
         messages, videos = self.processor.take_videos(messages)
-        features = []
+        features, check = [], None if should_stop is None else partial(_raise_if, should_stop)
         for part in videos:
             if part.video is None:
                 raise ValueError('a video part comes without a video: write {"type": "video", "video": ...}')
-            features.append(self.encode(part.video, progress=_stoppable(progress, should_stop), **part.options))
+            features.append(self._features_of(part.video, part.options, _stoppable(progress, should_stop), check))
         return messages, type(features[0]).cat(features) if features else None
 
     def _prepare(self, conversations, progress, should_stop, chat_template, chat_template_kwargs) -> dict[str, Any]:
@@ -349,8 +366,8 @@ class LongVLMEngine:
         options = self._with_defaults(options)
         stopping = _StopWhenAsked(should_stop)
         options["stopping_criteria"] = StoppingCriteriaList([*(options.get("stopping_criteria") or []), stopping])
-        if options.get("stop_strings") is not None:
-            options.setdefault("tokenizer", self.processor.tokenizer)
+        if self._setting(options, "stop_strings") is not None:
+            options.setdefault("tokenizer", self._stop_tokenizer)
         options |= {"return_dict_in_generate": True, "output_logits": with_logprobs}
         generated = self.model.generate(**prompt, **options)
         width = prompt["input_ids"].shape[1]
@@ -374,13 +391,21 @@ class LongVLMEngine:
         return result
 
     def _with_defaults(self, options: dict) -> dict[str, Any]:
-        options, settings = dict(options), self.model.generation_config
-        if not options.keys() & {"max_new_tokens", "max_length", "generation_config"}:
-            if settings.max_new_tokens is None:
-                options["max_new_tokens"] = DEFAULT_MAX_NEW_TOKENS
-        if settings.pad_token_id is None:
-            options.setdefault("pad_token_id", self.processor.tokenizer.pad_token_id)
+        options, given = dict(options), options.get("generation_config")
+        lengths = [options.get(name) for name in ("max_new_tokens", "max_length")]
+        lengths.append(getattr(given, "max_length", None))
+        if self._setting(options, "max_new_tokens") is None and not any(lengths):
+            options["max_new_tokens"] = DEFAULT_MAX_NEW_TOKENS
+        if self._setting(options, "pad_token_id") is None:
+            options["pad_token_id"] = self.processor.tokenizer.pad_token_id
         return options
+
+    def _setting(self, options: Mapping, name: str):
+        """A setting of the generation: from the call, the `generation_config` of the call, or that of the model."""
+        for place in (options.get("generation_config"), self.model.generation_config):
+            if options.get(name) is None and getattr(place, name, None) is not None:
+                return getattr(place, name)
+        return options.get(name)
 
     def _read_answer(self, ids: list[int], cancelled: bool, options: Mapping) -> tuple[list[int], str, str]:
         """One generated sequence, padding included -> token ids, text, finish reason."""
@@ -390,23 +415,22 @@ class LongVLMEngine:
         padded = end is not None or ids[-1:] == [pad]
         ids = ids[: end + 1] if end is not None else ids[: len(ids) - _count_trailing(ids, pad)]
         text = self.processor.tokenizer.decode(ids, skip_special_tokens=True)
-        stop_strings = options.get("stop_strings") or ()
+        stop_strings = self._setting(options, "stop_strings") or ()
         stop_strings = (stop_strings,) if isinstance(stop_strings, str) else stop_strings
-        at_string = any(string in text for string in stop_strings)
+        raw = self.processor.tokenizer.decode(ids, skip_special_tokens=False)  # a stop string may be a special token
+        at_string = any(string in raw for string in stop_strings)
         if at_string and end is not None and ids[-1] == pad:
             ids = ids[:-1]  # this end token was padding
         reason = "stop" if padded or at_string else "cancelled" if cancelled else "length"
         return ids, text.strip(), reason
 
     def _end_token_ids(self, options: Mapping) -> set[int]:
-        settings = options.get("generation_config") or self.model.generation_config
-        ends = options.get("eos_token_id", getattr(settings, "eos_token_id", None))
+        ends = self._setting(options, "eos_token_id")
         ends = [] if ends is None else ends.tolist() if isinstance(ends, Tensor) else ends
         return {ends} if isinstance(ends, int) else set(ends)
 
     def _pad_token_id(self, options: Mapping) -> int | None:
-        settings = options.get("generation_config") or self.model.generation_config
-        pad = options.get("pad_token_id", getattr(settings, "pad_token_id", None))
+        pad = self._setting(options, "pad_token_id")
         return pad if pad is not None else self.processor.tokenizer.pad_token_id
 
     # --- choices ---
@@ -459,11 +483,12 @@ class LongVLMEngine:
         return logits[0]
 
     def __getstate__(self) -> dict:
-        return {name: value for name, value in self.__dict__.items() if name != "_tokenizer_lock"}
+        left_out = ("_tokenizer_lock", "_stop_tokenizer_copy")
+        return {name: value for name, value in self.__dict__.items() if name not in left_out}
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
-        self._tokenizer_lock = threading.Lock()
+        self._tokenizer_lock, self._stop_tokenizer_copy = threading.Lock(), None
 
 
 class _Stopped(Exception):
@@ -481,13 +506,17 @@ class _StopWhenAsked(StoppingCriteria):
         return torch.full((len(input_ids),), self.stopped, dtype=torch.bool, device=input_ids.device)
 
 
+def _raise_if(should_stop: Callable[[], bool]) -> None:
+    if should_stop():
+        raise _Stopped
+
+
 def _stoppable(progress: Progress | None, should_stop: Callable[[], bool] | None) -> Progress | None:
     if should_stop is None:
         return progress
 
     def report(stage: str, done: int, total: int) -> None:
-        if should_stop():
-            raise _Stopped
+        _raise_if(should_stop)
         if progress is not None:
             progress(stage, done, total)
 

@@ -10,14 +10,15 @@ import os
 import stat
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from pathlib import Path
 
 import torch
 
 
 class VideoFeatureCache:
-    """An LRU cache of `LongVLMVideoFeatures`, one video an entry, bounded in bytes. Safe for threads.
+    """An LRU cache of `LongVLMVideoFeatures`, one entry per video, bounded in bytes. Safe for threads.
 
     Args:
         max_bytes (`int`): limit on the size of all features together; 0 keeps nothing.
@@ -29,7 +30,8 @@ class VideoFeatureCache:
         self.max_bytes = max_bytes
         self._entries: OrderedDict[bytes, object] = OrderedDict()
         self._num_bytes = 0
-        self._making: dict[bytes, threading.Event] = {}
+        self._making: dict[bytes, Future] = {}
+        self._generation = 0  # counts how often it was cleared
         self._lock = threading.Lock()
 
     def get(self, key: bytes | None):
@@ -40,22 +42,28 @@ class VideoFeatureCache:
             self._entries.move_to_end(key)
             return self._entries[key]
 
-    def put(self, key: bytes | None, features) -> None:
-        """Keeps `features`, unless they alone are larger than the cache."""
+    def put(self, key: bytes | None, features, generation: int | None = None) -> None:
+        """Keeps `features`, unless they alone are larger than the cache, or it was cleared since `generation`."""
         size = _num_bytes(features)
         if key is None or size > self.max_bytes:
             return
         with self._lock:
+            if generation is not None and generation != self._generation:
+                return
             self._forget(key)
             self._entries[key] = features
             self._num_bytes += size
             while self._num_bytes > self.max_bytes:
                 self._forget(next(iter(self._entries)))
 
-    def get_or_make(self, key: bytes | None, make: Callable):
+    def get_or_make(self, key: bytes | None, make: Callable, check: Callable[[], None] | None = None):
         """The features; `make()` makes them if they are not here. For each key, one thread at a time does so.
 
-        If `make` fails, the thread that called it gets the error; threads that waited try for themselves.
+        Threads that wait get the same features, even if those are too large to be kept. If `make` fails, the thread
+        that called it gets the error, and the others try for themselves.
+
+        Args:
+            check: called every 0.1 seconds while waiting for another thread; may raise to stop waiting.
         """
         if key is None:
             return make()
@@ -66,18 +74,21 @@ class VideoFeatureCache:
                     return self._entries[key]
                 being_made = self._making.get(key)
                 if being_made is None:
-                    made = self._making[key] = threading.Event()
+                    made = self._making[key] = Future()
+                    generation = self._generation
                     break
-            being_made.wait()
+            features = _wait(being_made, check)
+            if features is not None:
+                return features
+        features = None
         try:
-            # If they are too large for the cache, threads that wait make them again, one after another.
             features = make()
-            self.put(key, features)
+            self.put(key, features, generation)
             return features
         finally:
             with self._lock:
                 del self._making[key]
-            made.set()
+            made.set_result(features)
 
     def _forget(self, key: bytes) -> None:
         if key in self._entries:
@@ -96,10 +107,32 @@ class VideoFeatureCache:
         with self._lock:
             self._entries.clear()
             self._num_bytes = 0
+            self._generation += 1  # what is being encoded now has the old weights
 
     def __reduce__(self):
         # A copy in another process starts empty: locks cannot be pickled, and features can be made again.
         return type(self), (self.max_bytes,)
+
+
+def _wait(being_made: Future, check: Callable[[], None] | None):
+    while True:
+        try:
+            return being_made.result(None if check is None else 0.1)
+        except TimeoutError:
+            check()
+
+
+def describe_options(value) -> str:
+    """Options as text that is equal if and only if they are; arrays are described by their content."""
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{key!r}: {describe_options(value[key])}' for key in sorted(value))}}}"
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(describe_options, value))}]"
+    if hasattr(value, "tobytes") or isinstance(value, torch.Tensor):
+        digest = hashlib.blake2b(digest_size=32)
+        _digest(value, digest)
+        return digest.hexdigest()
+    return repr(value)
 
 
 def video_key(video, *settings: str) -> bytes | None:
@@ -132,6 +165,8 @@ def _digest(video, digest) -> bool:
     elif hasattr(video, "tobytes"):  # NumPy arrays and Pillow images
         kind = (getattr(video, "shape", None) or video.size, str(getattr(video, "dtype", getattr(video, "mode", ""))))
         digest.update(repr(kind).encode())
+        if getattr(video, "mode", None) in ("P", "PA"):  # the bytes are only indices into the palette
+            digest.update(repr((video.getpalette("RGBA"), video.info.get("transparency"))).encode())
         digest.update(video.tobytes())
     else:
         return False

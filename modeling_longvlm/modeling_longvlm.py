@@ -88,7 +88,7 @@ class LongVLMVideoFeatures(BaseModelOutputWithPooling):
             facts[name] = sum(known, ()) if any(values) else None
         return cls(
             local_features=tuple(local for one in features for local in one.local_features),
-            global_features=torch.cat([one.global_features for one in features]),
+            global_features=torch.cat([one.global_features.to(features[0].global_features) for one in features]),
             **facts,
         )
 
@@ -183,9 +183,9 @@ class LongVLMPreTrainedModel(PreTrainedModel):
         """Encodes videos; see [`LongVLMModel.get_video_features`]."""
         return self.base_model.get_video_features(pixel_values_videos, num_frames=num_frames, **kwargs)
 
-    def encode_video(self, pieces: Iterable[Tensor]) -> LongVLMVideoFeatures:
+    def encode_video(self, pieces: Iterable[Tensor], num_frames: int | None = None) -> LongVLMVideoFeatures:
         """Encodes one video piece by piece; see [`LongVLMModel.encode_video`]."""
-        return self.base_model.encode_video(pieces)
+        return self.base_model.encode_video(pieces, num_frames)
 
     def start_video(self, frames_per_segment: int | None = None, **kwargs) -> LongVLMVideoState:
         """Starts a video that grows; see [`LongVLMModel.start_video`]."""
@@ -291,13 +291,16 @@ class LongVLMModel(LongVLMPreTrainedModel):
         """
         return LongVLMVideoState(self, frames_per_segment, **kwargs)
 
-    def encode_video(self, pieces: Iterable[Tensor]) -> LongVLMVideoFeatures:
+    @torch.no_grad()
+    def encode_video(self, pieces: Iterable[Tensor], num_frames: int | None = None) -> LongVLMVideoFeatures:
         """
-        The features of ONE video, given in pieces: constant memory for any number of frames.
+        The features of ONE video, given in pieces: constant memory for any number of frames, and no gradients.
 
         Args:
             pieces (iterable of `Tensor` of shape `(frames, 3, H, W)`): runs of neighbouring frames, in order of time;
                 for example `video_processor.iter_pixel_values(video)`. Where they are cut makes no difference.
+            num_frames (`int`, *optional*): number of all frames, if it is known; the length of segments may depend on
+                it (`config.segment_length`).
 
         Returns:
             [`LongVLMVideoFeatures`] of one video, equal to those of `get_video_features` for all frames at once.
@@ -305,7 +308,7 @@ class LongVLMModel(LongVLMPreTrainedModel):
         Raises:
             ValueError: there is no frame.
         """
-        state = self.start_video()
+        state = self.start_video(None if num_frames is None else self.config.segment_length(num_frames))
         for piece in pieces:
             state.append(piece)
         return state.features()
@@ -377,6 +380,26 @@ class LongVLMModel(LongVLMPreTrainedModel):
                 f'videos with num_global_layers={needed} and global_placement="{self.config.global_placement}"'
             )
         return features
+
+    def as_video_features(self, features: Mapping) -> LongVLMVideoFeatures:
+        """Features of one video, as a mapping or as what `get_video_features` returned, for this model.
+
+        Raises:
+            ValueError: this model cannot use them, or they are those of several videos.
+        """
+        features = self.check_video_features(features)
+        if len(features["local_features"]) != 1:
+            raise ValueError(
+                f"a video part takes the features of one video, got those of {len(features['local_features'])}: use "
+                "features.select([i]) in a part per video"
+            )
+        global_features = features["global_features"]
+        return LongVLMVideoFeatures(
+            local_features=tuple(features["local_features"]),
+            # Without those that this model ignores, they can be joined with its own.
+            global_features=global_features if self.config.num_global_tokens else global_features[:, :0],
+            **video_facts(features),
+        )
 
     def project_features(self, local_features, global_features: Tensor, **facts) -> LongVLMVideoFeatures:
         """Puts global and local tokens in order and projects them. Done at each use, so the projector can be trained.
@@ -553,10 +576,14 @@ class LongVLMForConditionalGeneration(LongVLMPreTrainedModel, GenerationMixin):
         logits = self.lm_head(hidden_states)
         if getattr(text, "logit_scale", None) is not None:  # Cohere
             logits = logits * text.logit_scale
-        if getattr(text, "logits_scaling", None) is not None:  # Granite
-            logits = logits / text.logits_scaling
-        if getattr(text, "final_logit_softcapping", None) is not None:  # Gemma 2
-            logits = torch.tanh(logits / text.final_logit_softcapping) * text.final_logit_softcapping
+        if getattr(text, "logits_scaling", None) is not None:  # Granite divides by it, HyperCLOVAX multiplies
+            multiplies = text.model_type.startswith("hyperclovax")
+            logits = logits * text.logits_scaling if multiplies else logits / text.logits_scaling
+        if getattr(text, "lm_head_multiplier", None) is not None:  # Falcon-H1
+            logits = logits * text.lm_head_multiplier
+        for name in ("final_logit_softcapping", "logits_soft_cap"):  # Gemma 2; RecurrentGemma
+            if (cap := getattr(text, name, None)) is not None:
+                logits = torch.tanh(logits / cap) * cap
         return logits
 
     @torch.no_grad()

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral
 from typing import Any, NamedTuple
 
+from jinja2 import TemplateError
 from tokenizers import AddedToken
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin
@@ -398,16 +399,19 @@ class LongVLMProcessor(ProcessorMixin):
         flat = [self._flatten_conversation(messages) for messages in conversations]
         kwargs.pop("sanitize_control_tokens", None)  # 5.24's way for single calls; here content is always text
         template_kwargs, call_kwargs = self._split_kwargs(kwargs, chat_template)
-        prompts, spans = render_jinja_template(
-            conversations=[messages for messages, _, _ in flat],
-            tools=tools,
-            documents=documents,
-            chat_template=chat_template,
-            return_assistant_tokens_mask=return_assistant_tokens_mask,
-            continue_final_message=continue_final_message,
-            add_generation_prompt=add_generation_prompt,
-            **{**self.tokenizer.special_tokens_map, **template_kwargs},
-        )
+        try:
+            prompts, spans = render_jinja_template(
+                conversations=[messages for messages, _, _ in flat],
+                tools=tools,
+                documents=documents,
+                chat_template=chat_template,
+                return_assistant_tokens_mask=return_assistant_tokens_mask,
+                continue_final_message=continue_final_message,
+                add_generation_prompt=add_generation_prompt,
+                **{**self.tokenizer.special_tokens_map, **template_kwargs},
+            )
+        except TemplateError as error:  # raise_exception() in the template
+            raise ValueError(f"the chat template refuses this conversation: {error}") from error
         if not tokenize:
             return prompts if is_batched else prompts[0]
 

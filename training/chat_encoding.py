@@ -7,9 +7,11 @@ other tokens.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
+from jinja2 import TemplateError
 from transformers.utils import logging
 
 from longvlm.processing.chat_templates_longvlm import CHAT_TEMPLATES
@@ -55,7 +57,7 @@ def encode_chat(
             answer. Otherwise a longer chat is an error.
 
     Raises:
-        BadRow: the chat is too long, or it has no answer to learn.
+        BadRow: the chat is too long, has no answer to learn, or the chat template refuses it.
         ValueError: the tokenizer is not a fast one, or there is no such template.
     """
     if not processor.tokenizer.is_fast:
@@ -66,17 +68,19 @@ def encode_chat(
     template = _template_text(processor, chat_template)
     has_empty_answer = any(m["role"] == "assistant" and not m["content"].strip() for m in messages)
     if re.search(r"\{%-?\s*generation\b", template) and not has_empty_answer:
-        encoded = processor.apply_chat_template(
-            messages,
-            chat_template=template,
-            tokenize=True,
-            return_dict=True,
-            return_assistant_tokens_mask=True,
-            num_video_tokens=list(token_counts),
-        )
+        with _refusals_as_bad_rows():
+            encoded = processor.apply_chat_template(
+                messages,
+                chat_template=template,
+                tokenize=True,
+                return_dict=True,
+                return_assistant_tokens_mask=True,
+                num_video_tokens=list(token_counts),
+            )
         ids, mask = encoded["input_ids"][0], encoded["assistant_masks"][0]
     else:
-        text, spans = _render(processor, messages, template)
+        with _refusals_as_bad_rows():
+            text, spans = _render(processor, messages, template)
         encoded = processor(
             [text],
             num_video_tokens=list(token_counts),
@@ -112,6 +116,17 @@ def _template_text(processor, name: str | None) -> str:
         names = ", ".join([*known, *CHAT_TEMPLATES])
         raise ValueError(f'`chat_template` "{name}" is neither a Jinja template nor one of {names}')
     return known.get(name) or CHAT_TEMPLATES.get(name, name)
+
+
+@contextmanager
+def _refusals_as_bad_rows() -> Iterator[None]:
+    """Templates refuse chats (two user turns in a row, a system message) with `raise_exception`."""
+    try:
+        yield
+    except ValueError as error:
+        if isinstance(error.__cause__, TemplateError):
+            raise BadRow("refused by the chat template", " ".join(str(error.__cause__).split())) from None
+        raise
 
 
 def _render(processor, messages: list[dict], template: str) -> tuple[str, list[tuple[int, int]]]:

@@ -9,6 +9,7 @@ made by `longvlm extract`, whatever the form of the rows.
 """
 
 import json
+import os
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
@@ -274,6 +275,8 @@ class _Videos:
         self.options = {
             k: v for k, v in dict(options or {}).items() if k in ("num_frames", "fps", "max_frames", "short_video")
         }
+        # Options that no video can have are an error now, not the fault of every row.
+        self._sample({"total_num_frames": 1000, "fps": 25.0})
         self._known: dict[str, tuple[str, int] | BadRow] = {}
 
     def find(self, messages: list[dict]) -> tuple[list[dict], tuple, list[int]]:
@@ -294,7 +297,7 @@ class _Videos:
         name = str(video)  # some data sets have numbers for names
         if name not in self._known:
             try:
-                path = name if "://" in name else self._locate(name)
+                path = name if "://" in name[:16] or name.startswith("data:") else self._locate(name)
                 self._known[name] = path, self._count(path)
             except BadRow as error:
                 self._known[name] = error
@@ -308,7 +311,7 @@ class _Videos:
         stem = next((name.removesuffix(s) for s in FEATURE_SUFFIXES if name.endswith(s)), name)
         for folder in folders:
             for suffix in ("", *VIDEO_SUFFIXES):
-                if (folder / f"{stem}{suffix}").exists():
+                if os.path.exists(folder / f"{stem}{suffix}"):  # False also for a name that is too long
                     return str(folder / f"{stem}{suffix}")
         where = " or ".join(map(str, self.folders)) or "the working directory"
         raise BadRow("missing video", f'the video "{name}" is not in {where}')
@@ -327,6 +330,12 @@ class _Videos:
                 metadata = probe_video(video)
             except (ValueError, OSError) as error:
                 raise BadRow("broken video", " ".join(str(error).split())) from None
+        try:
+            return self._sample(metadata)
+        except ValueError as error:
+            raise BadRow("broken video", str(error)) from None
+
+    def _sample(self, metadata: Mapping) -> int:
         return len(self.processor.video_processor.sample_frames(metadata, **self.options))
 
 

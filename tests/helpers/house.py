@@ -31,7 +31,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "longvlm.lazy": set(),
     "longvlm.bundled": set(),
     "longvlm.registration": {"longvlm.modeling_longvlm", "longvlm.processing"},
-    "longvlm.loading": {"longvlm.modeling_longvlm", "longvlm.processing", "longvlm.bundled"},
+    "longvlm.loading": {"longvlm.modeling_longvlm", "longvlm.processing", "longvlm.bundled", "longvlm.files"},
     "longvlm.features": BASE,
     "longvlm.conversion": BASE | {"longvlm.features"},
     "longvlm.publishing": BASE | {"longvlm"},

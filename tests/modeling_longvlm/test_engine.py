@@ -6,11 +6,13 @@ import json
 import pickle
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, MistralConfig
+from PIL import Image
+from transformers import GenerationConfig, LlamaConfig, MistralConfig
 
 import longvlm
 from longvlm import VideoDecodeError
@@ -487,7 +489,7 @@ def test_what_cannot_be_loaded(tmp_path):
     with pytest.raises(ValueError, match="no model folder"):
         longvlm.load(tmp_path / "nothing")
     LlamaConfig().save_pretrained(tmp_path / "llama")
-    with pytest.raises(ValueError, match="llama model, not a LongVLM"):
+    with pytest.raises(ValueError, match="not a LongVLM .its model_type is llama"):
         longvlm.load(tmp_path / "llama")
     with pytest.raises(ValueError, match="device"):
         longvlm.load(device="abacus")
@@ -504,3 +506,105 @@ def test_the_bundled_checkpoint_answers_as_before():
         frames = storyline.frames_at(story, storyline.middle_times(story, 100), size=size)
         batch = [ask(question, frames, do_sample_frames=False) for question in expected]
         assert engine.generate(batch, max_new_tokens=8) == list(expected.values())
+
+
+# --- the cache among threads, features as they come, settings of generation ---
+
+
+def test_palette_images_with_other_colours_are_other_videos(engine):
+    def film(colour):
+        return [Image.new("RGB", (56, 56), colour).quantize() for _ in range(4)]
+
+    red, blue = engine.encode(film("red")), engine.encode(film("blue"))
+    assert engine.encode(film("red")) is red and not torch.equal(red.local_features[0], blue.local_features[0])
+
+
+def test_waiting_threads_get_features_that_are_too_large_to_keep():
+    engine = LongVLMEngine(*tiny_longvlm(), cache_bytes=0)
+    encoded, encode = [], engine._encode
+
+    def slow(*args):
+        encoded.append(1)
+        time.sleep(0.5)
+        return encode(*args)
+
+    engine._encode = slow
+    frames = np.zeros((4, 56, 56, 3), np.uint8)
+    with ThreadPoolExecutor(6) as pool:
+        results = list(pool.map(lambda _: engine.encode(frames), range(6)))
+    assert encoded == [1] and all(one is results[0] for one in results)
+
+
+def test_a_stopped_generation_does_not_wait_for_another_threads_encoding():
+    engine = LongVLMEngine(*tiny_longvlm(), cache_bytes=1 << 20)
+    encoding, finish, encode = threading.Event(), threading.Event(), engine._encode
+
+    def slow(*args):
+        encoding.set()
+        assert finish.wait(30)
+        return encode(*args)
+
+    engine._encode = slow
+    frames = np.zeros((4, 56, 56, 3), np.uint8)
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(engine.encode, frames)
+        assert encoding.wait(30)
+        asked = [{"role": "user", "content": [{"type": "video", "video": frames}, {"type": "text", "text": "?"}]}]
+        answers = engine.generate(asked, should_stop=lambda: True, return_details=True, num_return_sequences=2)
+        assert [one.finish_reason for one in answers] == ["cancelled"] * 2 and not other.done()
+        finish.set()
+        other.result(30)
+
+
+def test_features_of_cleared_weights_are_not_kept():
+    engine = LongVLMEngine(*tiny_longvlm(), cache_bytes=1 << 20)
+    encode = engine._encode
+
+    def cleared_meanwhile(*args):
+        features = encode(*args)
+        engine.cache.clear()
+        return features
+
+    engine._encode = cleared_meanwhile
+    engine.encode(np.zeros((4, 56, 56, 3), np.uint8))
+    assert len(engine.cache) == 0
+
+
+def test_features_may_be_a_mapping_but_only_of_one_video(engine):
+    frames = np.zeros((4, 56, 56, 3), np.uint8)
+    features = engine.encode(frames)
+    mapping = {"local_features": list(features.local_features), "global_features": features.global_features}
+    options = {"max_new_tokens": 4, "do_sample": False}
+    assert engine.generate(ask("What?", mapping), **options) == engine.generate(ask("What?", frames), **options)
+    with pytest.raises(ValueError, match=r"features of one video, got those of 2.*select"):
+        engine.generate(ask("What?", type(features).cat([features, features])))
+
+
+def test_settings_of_a_generation_config_count(engine):
+    messages = [{"role": "user", "content": "What?"}]
+    config = GenerationConfig(max_new_tokens=3, do_sample=False)
+    answer = engine.generate(messages, generation_config=config, return_details=True)
+    assert len(answer.token_ids) <= 3
+    longer = engine.generate(messages, generation_config=GenerationConfig(do_sample=False), return_details=True)
+    assert len(longer.token_ids) > 20 or longer.finish_reason == "stop"  # not transformers' 20
+    text = engine.generate(messages, max_new_tokens=8, do_sample=False, return_details=True)
+    token = engine.processor.tokenizer.decode(text.token_ids[1:2], skip_special_tokens=False)
+    settings = engine.model.generation_config
+    settings.stop_strings = [token]
+    try:
+        stopped = engine.generate(messages, max_new_tokens=8, do_sample=False, return_details=True)
+    finally:
+        settings.stop_strings = None
+    assert stopped.finish_reason == "stop" and len(stopped.token_ids) <= 2
+
+
+def test_segments_are_as_long_as_the_configuration_says_for_the_number_of_frames(engine, monkeypatch):
+    monkeypatch.setattr(type(engine.model.config), "segment_length", lambda self, frames: 8 if frames > 6 else 4)
+    long, short = (engine.encode(np.zeros((frames, 56, 56, 3), np.uint8), num_frames=frames) for frames in (7, 5))
+    assert long.frames_per_segment == (8,) and short.frames_per_segment == (4,)
+
+
+def test_what_a_template_refuses_is_one_line(engine):
+    template = "{{ raise_exception('system messages are not supported') }}"
+    with pytest.raises(ValueError, match="refuses this conversation: system messages are not supported"):
+        engine.generate([{"role": "user", "content": "What?"}], chat_template=template)

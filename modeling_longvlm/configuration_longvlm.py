@@ -46,7 +46,8 @@ class LongVLMConfig(PreTrainedConfig):
             schedule of the released script is `[2880, 1440, 720, 360, 180, 90, 40]`, which leaves 20 tokens.
         merge_similarity (`str`, defaults to `"mean_head"`): `"mean_head"` (the released code: one cosine of the mean
             over C slices of the feature) or `"per_head"` (the paper's equation 1: the mean of C cosines).
-        merge_num_heads (`int`, defaults to 16): C.
+        merge_num_heads (`int`, defaults to 16): C. The similarity sees features in this many equal slices
+            (heads); must divide the encoder's width. Changes which tokens merge, not how many.
         merge_order (`str`, defaults to `"matching"`): order of a segment's tokens: `"matching"` (the released code) or
             `"time"` (by the mean time of their patches).
         global_placement (`str`, defaults to `"prefix"`): global tokens before (`"prefix"`) or after (`"suffix"`) the

@@ -6,7 +6,7 @@
 
 Whoever asks a model does it through the engine: the pipeline, the command line, evaluation, a server. Nothing else
 encodes videos for questions, counts their tokens, builds prompts, runs the LLM and decodes its answers.
-Unusual: a video is encoded before the prompt is built, since its features say how many tokens it takes there.
+Note: a video is encoded before the prompt is built, since its features say how many tokens it takes there.
 """
 
 import copy
@@ -84,7 +84,7 @@ class LongVLMEngine:
         The features of one video: from the cache, or else decoded and encoded piece by piece, in constant memory.
 
         Args:
-            video: anything the video processor takes (a path, URL, bytes, a directory of images, frames), or
+            video: anything the video processor takes (a path, URL, bytes, a folder of images, frames), or
                 features, which are returned unchanged.
             progress: called as `progress(stage, done, total)`, in frames, with the stages `"decode"` and `"encode"`;
                 not called if the features are in the cache or another thread is encoding the video.

@@ -1,7 +1,7 @@
 """LongVLM: segments -> local tokens, averaged [CLS] tokens -> global tokens, projector, LLM (paper, section 3).
 
 `LongVLMModel.get_video_features` is the method; the rest is what every vision-language model in transformers has.
-Unusual: the vision tower sees a limited number of frames at a time, and of a video's patches only the M tokens of each
+Note: the vision tower sees a limited number of frames at a time, and of a video's patches only the M tokens of each
 finished segment and the running sums of the global tokens are kept. So memory hardly grows with a video's length, and
 the features of one video do not depend on its neighbours in the batch.
 

@@ -66,7 +66,7 @@ class VideoQuestionAnsweringPipeline(Pipeline):
         Args:
             inputs (`dict` or list of `dict`, *optional*): `{"video": ..., "question": ...}`, a list of them or a
                 dataset.
-            video: instead of `inputs`: a path, URL, bytes, a directory of images or a list of frames; or a list of
+            video: instead of `inputs`: a path, URL, bytes, a folder of images or a list of frames; or a list of
                 videos, one for each question.
             question (`str` or `list[str]`): instead of `inputs`: one question, or several. With a single video, all
                 are about it.

@@ -1,6 +1,6 @@
 """The code in a checkpoint's folder. With it, and `trust_remote_code=True`, it loads where longvlm is not installed.
 
-The one place that knows what travels: whoever saves a checkpoint, compares its code or takes the code out asks here.
+The one place that knows which code is saved with a checkpoint: saving, comparing and removing it are all done here.
 `save_pretrained` copies the file of a class and, recursively, the files that it imports relatively, all into the one
 folder; so no two files of `modeling_longvlm` and `processing` may have the same name. It does so for classes that call
 `register_for_auto_class`, which each class does at the end of its own file.

@@ -4,7 +4,7 @@ Pure functions on tensors; nothing here knows models or configurations. One step
 each token at an even position finds its most similar partner among those at odd positions, and the `r` most similar
 pairs merge. Steps repeat, usually halving, until `num_tokens` are left.
 
-Unusual: the steps only decide WHICH tokens merge. They run in a small "matching space"; the full-width features are
+Note: the steps only decide WHICH tokens merge. They run in a small "matching space"; the full-width features are
 read once, at the end, when each output token becomes the mean of the patches assigned to it. Averaging at every step,
 weighted by size, gives the same means.
 

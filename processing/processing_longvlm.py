@@ -3,7 +3,7 @@
 A prompt contains ONE `<vid_patch>` per video. The processor repeats it, once for each token that the model puts in its
 place: `<vid_start>`, n x `<vid_patch>`, `<vid_end>`. It computes n from the number of frames and four numbers of the
 method (paper section 3) that a checkpoint stores for the processor as well as for the model.
-Unusual: user text (the content of a chat) is never searched for special tokens; see `text_escaping`.
+Note: user text (the content of a chat) is never searched for special tokens; see `text_escaping`.
 """
 
 import re

@@ -83,7 +83,7 @@ def decode_video(video, sample_indices_fn=None, *, transform=None, backend=None,
     """Decodes the frames that a rule chooses.
 
     Args:
-        video: the path of a video, a picture (a one-frame video) or a directory of pictures; a URL; bytes; or a
+        video: the path of a video, an image (a one-frame video) or a folder of images; a URL; bytes; or a
             binary file object.
         sample_indices_fn: called as `sample_indices_fn(metadata=FrameMetadata)`; returns source indices in any order,
             repeated ones included. `None`: all frames.

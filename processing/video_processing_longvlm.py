@@ -211,8 +211,8 @@ class LongVLMVideoProcessor(BaseVideoProcessor):
     def preprocess(self, videos, *, video_options=None, progress=None, **kwargs) -> BatchFeature:
         """
         Args:
-            videos: one video or a (nested) list of them. A video is a path, a URL, bytes, a file object, a directory
-                of pictures, a list of frames (Pillow, NumPy, torch; any size; grey or RGBA, whose alpha is
+            videos: one video or a (nested) list of them. A video is a path, a URL, bytes, a file object, a folder
+                of images, a list of frames (Pillow, NumPy, torch; any size; grey or RGBA, whose alpha is
                 dropped), or an array `(T, H, W, C)`, `(T, C, H, W)` or, grey, `(T, H, W)`. A 5D array is a batch.
                 Pixel values are 0 to 255; floats that are all within 0 to 1 count as already rescaled.
             video_options: options of single videos, which replace those in `kwargs`: one dict (or `None`) per video.
@@ -456,7 +456,7 @@ def flatten_videos(videos) -> list:
     """
     The videos of a (nested) list, in order.
 
-    A list of frames (pictures, or arrays of 2 or 3 axes) is one video. A list of strings is a list of videos, but at
+    A list of frames (images, or arrays of 2 or 3 axes) is one video. A list of strings is a list of videos, but at
     the third level, where chat templates put them, it is one video, given as the paths of its frames.
     """
     if _is_array(videos) and videos.ndim == 5:
@@ -494,7 +494,7 @@ def _as_frame_list(video, data_format=None) -> list:
     if isinstance(video, (list, tuple)):
         frames = [read_picture(frame) if isinstance(frame, str) else frame for frame in video]
         if not frames or not all(_is_frame(frame) for frame in frames):
-            raise ValueError("a video given as a list needs pictures or arrays of 2 or 3 axes, at least one")
+            raise ValueError("a video given as a list needs images or arrays of 2 or 3 axes, at least one")
         return frames
     if isinstance(video, Image.Image):
         return [video]

@@ -1,7 +1,7 @@
-"""Where a video comes from: a path, a URL, bytes, an open file or a directory of frames.
+"""Where a video comes from: a path, a URL, bytes, an open file or a folder of images.
 
 Each becomes a `VideoSource`, which names the video in errors and can be opened repeatedly, so that several readers
-can work on one video. Nothing here decodes video; pictures in a directory are read with Pillow. If a video cannot be
+can work on one video. Nothing here decodes video; images in a folder are read with Pillow. If a video cannot be
 opened, a `VideoDecodeError` says which one and why, in one line.
 """
 
@@ -34,7 +34,7 @@ class VideoSource:
 
     Args:
         name: what to call the video in messages (a path, a URL, "<1234 bytes>").
-        path: a file or a directory on disk, or
+        path: a file or a folder on disk, or
         data: the whole file as bytes, or
         file: a seekable binary file object; since it has one position, it serves one reader at a time.
         temporary: delete the file at `path` on `close()`.
@@ -63,7 +63,7 @@ class VideoSource:
         return len(self.data) if self.data is not None else self.file.seek(0, io.SEEK_END)
 
     def digest(self) -> bytes:
-        """Identifies the video by its content; not for a directory."""
+        """Identifies the video by its content; not for a folder."""
         if self.data is not None:
             return hashlib.blake2b(self.data).digest()
         if self.path is None:
@@ -103,7 +103,7 @@ def open_source(video) -> VideoSource:
     """Finds a video.
 
     Args:
-        video: a path (`str`, `os.PathLike`) of a file or a directory of pictures; a URL (http, https, file,
+        video: a path (`str`, `os.PathLike`) of a file or a folder of images; a URL (http, https, file,
             data); the bytes of a file; a binary file object; or a `VideoSource`, which whoever opened it closes.
     Raises:
         VideoDecodeError: no such file, empty, unreachable, or not one of these types.
@@ -196,11 +196,11 @@ def _download(url: str, name: str, suffix: str) -> VideoSource:
 
 
 def list_frame_files(source: VideoSource) -> list[str]:
-    """The pictures of a directory in natural order (frame_2 before frame_10)."""
+    """The images of a folder in natural order (frame_2 before frame_10)."""
     names = [name for name in os.listdir(source.path) if name.lower().endswith(IMAGE_SUFFIXES) and name[0] != "."]
     if not names:
         raise VideoDecodeError(
-            f"{source.name}: the directory contains no frames (picture files such as {', '.join(IMAGE_SUFFIXES[:3])})"
+            f"{source.name}: the folder contains no images (files such as {', '.join(IMAGE_SUFFIXES[:3])})"
         )
     # Split at numbers: every second part is a number.
     names.sort(key=lambda name: [int(p) if i % 2 else p for i, p in enumerate(re.split("([0-9]+)", name))])
@@ -208,12 +208,12 @@ def list_frame_files(source: VideoSource) -> list[str]:
 
 
 def read_picture(path: str, name: str | None = None) -> np.ndarray:
-    """A picture file as RGB uint8 `(H, W, 3)`, rotated upright by its EXIF tag; alpha is dropped."""
+    """An image file as RGB uint8 `(H, W, 3)`, rotated upright by its EXIF tag; alpha is dropped."""
     try:
         with Image.open(path) as image:
             return picture_to_rgb(ImageOps.exif_transpose(image))
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-        reason = "not a picture file" if isinstance(error, UnidentifiedImageError) else _one_line(error)
+        reason = "not an image file" if isinstance(error, UnidentifiedImageError) else _one_line(error)
         raise VideoDecodeError(f"{name or path}: {reason}") from None
 
 

@@ -1,4 +1,4 @@
-"""The command `longvlm`, one file a command.
+"""The command `longvlm`, one file per command.
 
 This package is installed as `longvlm_cli`, since importing `longvlm` takes the seconds that torch and transformers
 take. The commands import them inside their functions, so that help appears at once.

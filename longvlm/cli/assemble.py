@@ -34,10 +34,12 @@ def assemble_command(
     dtype: WeightsDtype = Dtype.auto,
     image_size: Annotated[int | None, typer.Option(min=1, help="Side of the square frames, in pixels.")] = None,
     num_frames: Annotated[int | None, typer.Option(min=1, help="Number of frames taken from a video (100).")] = None,
-    frames_per_segment: Annotated[int, typer.Option(help="Number of frames per segment (K).")] = 10,
-    tokens_per_segment: Annotated[int, typer.Option(help="Number of tokens a segment is merged into (M).")] = 30,
+    frames_per_segment: Annotated[int, typer.Option(min=1, help="Number of frames per segment (K).")] = 10,
+    tokens_per_segment: Annotated[
+        int, typer.Option(min=1, help="Number of tokens a segment is merged into (M).")
+    ] = 30,
     num_global_layers: Annotated[
-        int, typer.Option(help="Number of last hidden states whose [CLS] make the global tokens (E).")
+        int, typer.Option(help="Number of last hidden states whose [CLS] tokens become the global tokens (E).")
     ] = 5,
     vision_feature_layer: Annotated[int, typer.Option(help="Hidden state the patches are taken from.")] = -2,
     merge_schedule: Annotated[
@@ -49,20 +51,22 @@ def assemble_command(
     merge_num_heads: Annotated[
         int | None, typer.Option(help="Number of heads in the matching (C). Default: the encoder's.")
     ] = None,
-    merge_order: Annotated[Order, typer.Option(help="Order of a segment's tokens.")] = Order.matching,
+    merge_order: Annotated[
+        Order, typer.Option(help="Order of a segment's tokens: as in the released code (matching), or by time.")
+    ] = Order.matching,
     global_placement: Annotated[Placement, typer.Option(help="Where the global tokens go.")] = Placement.prefix,
     projector_type: Annotated[Projector, typer.Option(help="Projector from the encoder's width to the LLM's.")] = (
         Projector.linear
     ),
     vision_chunk_frames: Annotated[int, typer.Option(help="Number of frames encoded at a time.")] = 16,
     preset: Annotated[
-        str | None, typer.Option(help="Resize frames as CLIP does (clip) or as the original code does (original).")
+        str | None, typer.Option(help="Resize frames as CLIP does (clip) or as the released code does (original).")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed for random weights.")] = 0,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
 ) -> None:
-    """Make a checkpoint from any vision encoder and any language model. Its projector has to be trained."""
+    """Make a checkpoint from a vision encoder and a causal language model. Its projector still has to be trained."""
     from longvlm.conversion.assemble import assemble
 
     silence_libraries()

@@ -85,8 +85,14 @@ def original_command(
 @convert.command("features")
 def features_command(
     local: Annotated[Path, typer.Argument(metavar="LOCAL", help="Folder of local features (.pkl).")],
-    memory: Annotated[Path, typer.Argument(metavar="MEMORY", help="Folder of memory features (.pkl), same names.")],
-    out: Annotated[Path, typer.Option(help="Folder of feature shards to write. An interrupted run is resumed.")],
+    memory: Annotated[
+        Path,
+        typer.Argument(
+            metavar="MEMORY",
+            help="Folder of memory features (.pkl), as the released code calls the global ones; same file names.",
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder of features. An interrupted run is resumed.")],
     num_global_layers: Annotated[
         int, typer.Option(min=0, help="Number of global tokens (E): the last rows of the memory features.")
     ] = 5,
@@ -138,7 +144,7 @@ def open_clip_command(
     overwrite: Overwrite = False,
     quiet: Quiet = False,
 ) -> None:
-    """The vision tower of an open_clip model with its preprocessing, for `longvlm assemble --vision`."""
+    """Convert the vision encoder of an open_clip model, with its preprocessing, for `longvlm assemble --vision`."""
     from longvlm.conversion.openclip_vision import convert_open_clip
 
     silence_libraries()
@@ -167,8 +173,10 @@ def llava_command(
     ] = None,
     dtype: Annotated[Dtype, typer.Option(help="Dtype of the written weights; auto: the LLM's own.")] = Dtype.auto,
     num_frames: Annotated[int | None, typer.Option(min=1, help="Number of frames taken from a video (100).")] = None,
-    frames_per_segment: Annotated[int, typer.Option(help="Number of frames per segment (K).")] = 10,
-    tokens_per_segment: Annotated[int, typer.Option(help="Number of tokens a segment is merged into (M).")] = 30,
+    frames_per_segment: Annotated[int, typer.Option(min=1, help="Number of frames per segment (K).")] = 10,
+    tokens_per_segment: Annotated[
+        int, typer.Option(min=1, help="Number of tokens a segment is merged into (M).")
+    ] = 30,
     global_tokens: Annotated[
         bool, typer.Option("--global-tokens", help="Put [CLS] tokens first. The projector has never seen any.")
     ] = False,

@@ -14,8 +14,8 @@ import typer
 from tqdm import tqdm
 
 NOTE = (
-    "longvlm: warning: no --model was given, so longvlm-tiny answers. It knows only the synthetic Storyline videos; "
-    "what it says about any other video means nothing"
+    "longvlm: warning: no --model was given, so longvlm-tiny is used. It knows only the synthetic Storyline videos; "
+    "its output for any other video means nothing"
 )
 OUT_HELP = "Folder to write. It appears only once it is complete."
 
@@ -70,7 +70,7 @@ Model = Annotated[
 Video = Annotated[str, typer.Argument(metavar="VIDEO", help="A file, a URL, or a folder of images.")]
 ModelDtype = Annotated[Dtype, typer.Option(help="Dtype of the model; auto: as it was saved.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps... Default: the accelerator, if any.")]
-NumFrames = Annotated[int | None, typer.Option(help="Number of frames taken from the video.")]
+NumFrames = Annotated[int | None, typer.Option(min=1, help="Number of frames taken from the video.")]
 Fps = Annotated[float | None, typer.Option(help="Frames taken per second of video, instead of --num-frames.")]
 MaxFrames = Annotated[int | None, typer.Option(min=1, help="Maximum number of frames with --fps.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the contents of --out.")]

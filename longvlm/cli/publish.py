@@ -12,10 +12,15 @@ from longvlm_cli.options import Progress, Quiet, silence_libraries
 def publish_command(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Checkpoint folder: model and processor.")],
     repo_id: Annotated[str, typer.Option(metavar="USER/NAME", help="Repository to publish to; created if needed.")],
-    license: Annotated[str | None, typer.Option(help="Licence, by its name on the Hub, such as apache-2.0.")] = None,
+    license: Annotated[
+        str | None,
+        typer.Option(help="Licence, by its name on the Hub (apache-2.0). Required unless DIR's README.md names one."),
+    ] = None,
     base_model: Annotated[
         list[str] | None,
-        typer.Option(help='Hub id of a model it was made from; may be repeated. "none": trained from scratch.'),
+        typer.Option(
+            help='Hub id of a model it was made from; may be repeated. Default: as in config.json. "none": no model.'
+        ),
     ] = None,
     license_name: Annotated[str | None, typer.Option(help="Required by --license other.")] = None,
     license_link: Annotated[str | None, typer.Option(help="Required by --license other.")] = None,

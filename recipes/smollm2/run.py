@@ -284,7 +284,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     stages = Stages(out, asked)
     stages.results |= {
         "versions": {name: version(name) for name in ("longvlm", "torch", "transformers", "peft")},
-        "machine": f"{torch.get_num_threads()} threads of a {platform.machine()} CPU",
+        "machine": f"{torch.get_num_threads()} threads, {platform.machine()} CPU",
         "chance": chance_levels(questions_of("test", options.test_stories)),
     }
     stages.do("stages", "assemble", lambda: put_together(out, vision, smollm2_gguf(), options.frames))

@@ -209,7 +209,7 @@ def bad(tmp_path, checkpoint, video):
         ("ask VIDEO --model MODEL", "QUESTION"),
         ("ask VIDEO Who? --model MODEL --dtype float7", "float7"),
         ("ask VIDEO Who? --model MODEL --device moon", "moon"),
-        ("ask VIDEO Who? --model MODEL --num-frames 0", "num_frames"),
+        ("ask VIDEO Who? --model MODEL --num-frames 0", "--num-frames"),
         ("ask VIDEO Who? --model MODEL --num-frames 4 --fps 1", "exclude each other"),
         ("ask VIDEO Who? --model MODEL --json --stream", "exclude each other"),
         ("ask VIDEO Who? --model MODEL --top-p 0.5", "--temperature"),

@@ -489,7 +489,7 @@ def test_what_cannot_be_loaded(tmp_path):
     with pytest.raises(ValueError, match="no model folder"):
         longvlm.load(tmp_path / "nothing")
     LlamaConfig().save_pretrained(tmp_path / "llama")
-    with pytest.raises(ValueError, match="not a LongVLM .its model_type is llama"):
+    with pytest.raises(ValueError, match=r"not a LongVLM .its model_type is llama"):
         longvlm.load(tmp_path / "llama")
     with pytest.raises(ValueError, match="device"):
         longvlm.load(device="abacus")

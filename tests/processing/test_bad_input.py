@@ -41,13 +41,13 @@ def test_a_missing_file(tmp_path):
 
 def test_a_directory_without_frames(tmp_path):
     (tmp_path / "readme.txt").write_text("hello")
-    one_line_error(str(tmp_path), str(tmp_path), "contains no frames")
+    one_line_error(str(tmp_path), str(tmp_path), "contains no images")
 
 
 def test_a_directory_with_a_damaged_frame(tmp_path):
     Image.fromarray(numbered_frame(1)).save(tmp_path / "1.png")
     (tmp_path / "2.png").write_text("not a picture")
-    with pytest.raises(VideoDecodeError, match=r"2\.png: not a picture file$"):
+    with pytest.raises(VideoDecodeError, match=r"2\.png: not an image file$"):
         decode_video(tmp_path)
 
 

@@ -19,7 +19,7 @@ def publish_command(
     base_model: Annotated[
         list[str] | None,
         typer.Option(
-            help='Hub id of a model it was made from; may be repeated. Default: as in config.json. "none": no model.'
+            help='Hub id of a model it was made from; repeatable. Default: from config.json. "none": trained from scratch.'
         ),
     ] = None,
     license_name: Annotated[str | None, typer.Option(help="Required by --license other.")] = None,

@@ -19,7 +19,7 @@ def publish_command(
     base_model: Annotated[
         list[str] | None,
         typer.Option(
-            help='Hub id of a model it was made from; repeatable. Default: from config.json. "none": trained from scratch.'
+            help='Hub id of a model it was made from; repeatable. Default: from config.json. "none": from no model.'
         ),
     ] = None,
     license_name: Annotated[str | None, typer.Option(help="Required by --license other.")] = None,

@@ -30,7 +30,7 @@ VIDEO_ALIAS = "<video>"  # how the released code's data files mark a video
 
 
 class VideoPart(NamedTuple):
-    """A video of a conversation (`None`: a place without one), and its options."""
+    """A video of a conversation (`None`: a part without one), and its options."""
 
     video: Any
     options: dict[str, Any]
@@ -197,15 +197,15 @@ class LongVLMProcessor(ProcessorMixin):
                 `<vid_start>` and `<vid_end>` around it. It is searched for special tokens, so user text must go
                 through `escape_special_text` first, or through `apply_chat_template`, which does that.
             videos:
-                One video, a list of videos in the order of their places, or a list per text (`[]` or `None` for a text
-                without video). `LongVLMVideoProcessor.preprocess` says what a video can be.
+                One video, a list of videos in the order of their placeholders, or a list per text (`[]` or `None` for
+                one without video). `LongVLMVideoProcessor.preprocess` says what a video can be.
             num_video_tokens (`int` or a sequence of them):
                 Instead of `videos`, if their features are already encoded: the number of tokens of each.
             video_features (`Mapping`):
                 Instead of `num_video_tokens`: the features themselves (`local_features`), whose tokens are counted.
             video_options (`list[dict]`, *optional*):
                 Options of the video processor for single videos, over those in `kwargs`: one dict (or `None`) per
-                video, in the order of their places.
+                video, in the order of their placeholders.
             progress: called as `progress("decode", done, total)` while frames are decoded.
             kwargs:
                 Options of the tokenizer (`padding`, `truncation`, `return_tensors`...) and of the video processor
@@ -216,7 +216,7 @@ class LongVLMProcessor(ProcessorMixin):
             On request `video_metadata` (`return_metadata=True`), `mm_token_type_ids` (2 at video tokens;
             `return_mm_token_type_ids=True`) and `text_replacement_offsets` (`return_text_replacement_offsets=True`).
         Raises:
-            ValueError: the numbers of places and videos differ, or truncation would cut a video.
+            ValueError: placeholders and videos differ in number, or truncation would cut a video.
         """
         for name in ("images", "audio"):
             if kwargs.pop(name, None) is not None:
@@ -237,7 +237,7 @@ class LongVLMProcessor(ProcessorMixin):
         counts = _as_counts(num_video_tokens)
         if texts is not None:
             texts = [self._one_token_per_video(sample) for sample in texts]
-            self._check_places(texts, len(counts) if videos is None else len(flatten_videos(videos)), rows)
+            self._check_placeholders(texts, len(counts) if videos is None else len(flatten_videos(videos)), rows)
 
         offered = {name: kwargs.pop(name, False) for name in _EXTRA_OUTPUTS}
         wants_metadata = kwargs.get("return_metadata") or kwargs.get("videos_kwargs", {}).get("return_metadata")
@@ -278,22 +278,22 @@ class LongVLMProcessor(ProcessorMixin):
         return video_inputs, [self.replace_video_token(video_inputs, video_idx=i) for i in range(count)]
 
     def _one_token_per_video(self, text: str) -> str:
-        """Turns `<video>`, and places that already have their delimiters, into the bare `<vid_patch>`."""
+        """Turns `<video>`, and placeholders that already have their delimiters, into the bare `<vid_patch>`."""
         text = text.replace(VIDEO_ALIAS, self.video_token)
         return text.replace(self.video_start_token + self.video_token + self.video_end_token, self.video_token)
 
-    def _check_places(self, texts: list[str], num_videos: int, rows: list[int] | None):
-        places = [sample.count(self.video_token) for sample in texts]
-        if sum(places) != num_videos:
+    def _check_placeholders(self, texts: list[str], num_videos: int, rows: list[int] | None):
+        placeholders = [sample.count(self.video_token) for sample in texts]
+        if sum(placeholders) != num_videos:
             raise ValueError(
-                f"the text has {sum(places)} place(s) for a video, but {num_videos} video(s) were given; write one "
-                f"{self.video_token} per video"
+                f"the text has {sum(placeholders)} placeholder(s) for a video, but {num_videos} video(s) were "
+                f"given; write one {self.video_token} per video"
             )
-        for row, (wanted, given) in enumerate(zip(places, rows or places, strict=True)):
-            if wanted != given:
+        for row, (needed, given) in enumerate(zip(placeholders, rows or placeholders, strict=True)):
+            if needed != given:
                 raise ValueError(
-                    f"text {row} has {wanted} place(s) for a video, but {given} video(s) were given for it; write one "
-                    f"{self.video_token} per video"
+                    f"text {row} has {needed} placeholder(s) for a video, but {given} video(s) were given "
+                    f"for it; write one {self.video_token} per video"
                 )
 
     def _tokenize(self, texts: list[str], **text_kwargs) -> dict[str, Any]:
@@ -367,9 +367,9 @@ class LongVLMProcessor(ProcessorMixin):
         Turns a conversation, or a list of them, into a prompt, or with `tokenize=True` into the model's input.
 
         Content is a string or a list of parts, `{"type": "text", "text": ...}` and `{"type": "video", "video": ...}`
-        (or `"path"` or `"url"`; with none of them, a place whose video is given as `videos=` or `num_video_tokens=`).
-        A video part can also hold options of the video processor: `{"type": "video", "video": ..., "num_frames": 50}`.
-        A line feed separates a video's place from neighbouring text, as in the original; neighbouring texts are joined
+        (or `"path"` or `"url"`; with none of them, a placeholder whose video is given as `videos=` or
+        `num_video_tokens=`). A video part can also hold options of the video processor: `"num_frames": 50`.
+        A line feed separates a placeholder from neighbouring text, as in the original; neighbouring texts are joined
         as they are. A system message replaces that of a built-in template. Content is never searched for special
         tokens.
 
@@ -423,8 +423,8 @@ class LongVLMProcessor(ProcessorMixin):
         if call_kwargs.get("num_frames") is not None or call_kwargs.get("fps") is not None:
             call_kwargs.setdefault("do_sample_frames", True)
         sources = [videos for _, videos, _ in flat]
-        if any(options for _, _, places in flat for options in places):
-            call_kwargs["video_options"] = [options for _, _, places in flat for options in places]
+        if any(options for _, _, parts in flat for options in parts):
+            call_kwargs["video_options"] = [options for _, _, parts in flat for options in parts]
         if any(sources):
             if call_kwargs.get("videos") is not None:
                 raise ValueError("videos= and videos inside the conversation exclude each other; use one of them")
@@ -443,8 +443,8 @@ class LongVLMProcessor(ProcessorMixin):
             messages: list of messages, as for `apply_chat_template`.
 
         Returns:
-            The same messages with bare places, `{"type": "video"}`, and the videos in order; `VideoPart(None, {})` for
-            a place that was bare before.
+            The same messages with empty video parts, `{"type": "video"}`, and the videos in order;
+            `VideoPart(None, {})` for a part that was empty before.
 
         Raises:
             ValueError: a part of another type, or an option that the video processor does not have.
@@ -504,7 +504,7 @@ class LongVLMProcessor(ProcessorMixin):
         )
 
     def _flatten_conversation(self, messages) -> tuple[list[dict], list, list[dict]]:
-        """Returns messages as text with one `<vid_patch>` per video; the given videos; the options of each place."""
+        """Returns messages as text with one `<vid_patch>` per video; the given videos; the options of each part."""
         flat: list[dict] = []
         videos: list = []
         options: list[dict] = []

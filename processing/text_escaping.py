@@ -1,7 +1,7 @@
 """User text that looks like a special token stays text: a question may contain `</s>` or `<vid_patch>`.
 
 `escape` puts one invisible character, the mark, into each such string, so that neither a tokenizer nor a search for
-video places finds a special token there. `tokenizer_for_escaped_text` returns a copy of the tokenizer that drops the
+placeholders finds a special token there. `tokenizer_for_escaped_text` returns a copy of the tokenizer that drops the
 mark after it has looked for special tokens and before its model sees the text. Everything else (splitting, spaces,
 offsets, padding, truncation) stays the tokenizer's own, and decoding gives the text as it was typed.
 """

@@ -328,11 +328,13 @@ def _read_frames(source: VideoSource, index: FrameIndex, chosen, metadata: Frame
     """Returns {source index: transformed frame}, without the frames that cannot be decoded."""
     whole = bool(index.pts) and not index.shortfall  # torchcodec passes half frames on
     if job.backend != "pyav" and whole and is_torchcodec_usable():
+        done = job.done
         try:
             frames = _read_with(_TorchcodecReader, source, index, chosen, metadata, job)
             metadata.video_backend = "torchcodec"
             return frames
         except _TorchcodecFailed as error:
+            job.done = done  # frames that it did decode are decoded again
             logger.info(f"{source.name}: torchcodec failed ({error}); PyAV decodes this video")
     elif job.backend == "torchcodec" and not is_torchcodec_usable():
         logger.warning_once("torchcodec cannot be used here (not installed, or no FFmpeg found); PyAV decodes instead")

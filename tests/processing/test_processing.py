@@ -272,14 +272,14 @@ def test_token_types_mark_the_video_tokens(byte_level):
 # --- what a user may get wrong: one line each ---
 
 ERRORS = {
-    "more_places": ({"text": "<video><video>", "videos": video(2)}, r"2 place\(s\) .* 1 video\(s\)"),
-    "no_video": ({"text": "<video>"}, r"1 place\(s\) .* 0 video\(s\)"),
-    "no_place": ({"text": "why?", "videos": video(2)}, r"0 place\(s\) .* 1 video\(s\)"),
+    "more_places": ({"text": "<video><video>", "videos": video(2)}, r"2 placeholder\(s\) .* 1 video\(s\)"),
+    "no_video": ({"text": "<video>"}, r"1 placeholder\(s\) .* 0 video\(s\)"),
+    "no_place": ({"text": "why?", "videos": video(2)}, r"0 placeholder\(s\) .* 1 video\(s\)"),
     "wrong_row": (
         {"text": ["<video>", "<video>"], "videos": [[video(2), video(2)], []]},
-        r"text 0 has 1 place\(s\) .* 2 video\(s\)",
+        r"text 0 has 1 placeholder\(s\) .* 2 video\(s\)",
     ),
-    "counts": ({"text": "<video>", "num_video_tokens": [3, 4]}, r"1 place\(s\) .* 2 video\(s\)"),
+    "counts": ({"text": "<video>", "num_video_tokens": [3, 4]}, r"1 placeholder\(s\) .* 2 video\(s\)"),
     "zero_tokens": ({"text": "<video>", "num_video_tokens": 0}, r"num_video_tokens=\[0\]: .* at least 1"),
     "both": ({"text": "<video>", "videos": video(2), "num_video_tokens": [3]}, "exclude each other"),
     "nothing": ({}, "pass at least one"),
@@ -425,7 +425,7 @@ def test_places_without_a_source_take_videos_or_counts_given_beside_them(byte_le
     by_video = byte_level.apply_chat_template(ASK, tokenize=True, return_dict=True, videos=[video(4)])
     assert by_count["input_ids"] == by_video["input_ids"]
     assert by_video["num_frames"].tolist() == [4]
-    with pytest.raises(ValueError, match=r"1 place\(s\) .* 0 video\(s\)"):
+    with pytest.raises(ValueError, match=r"1 placeholder\(s\) .* 0 video\(s\)"):
         byte_level.apply_chat_template(ASK, tokenize=True)
 
 

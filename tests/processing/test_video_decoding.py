@@ -96,13 +96,19 @@ def test_where_torchcodec_names_another_frame_pyav_decodes(container_file, monke
             pass
 
         def rgb_at(self, position):
-            raise video_decoding._TorchcodecFailed("frame 7 has another time")
+            if position == 7:
+                return numbered_frame(7)
+            raise video_decoding._TorchcodecFailed("frame 77 has another time")
 
     monkeypatch.setattr(video_decoding, "is_torchcodec_usable", lambda: True)
     monkeypatch.setattr(video_decoding, "_TorchcodecReader", WrongDecoder)
-    decoded = decode_video(container_file("mp4"), take(7, 77))
+    steps = []
+    decoded = decode_video(
+        container_file("mp4"), take(7, 77), num_workers=1, progress=lambda stage, done, total: steps.append(done)
+    )
     assert numbers(decoded) == [7, 77]
     assert decoded.metadata.video_backend == "pyav"
+    assert steps == [1, 1, 2]  # the first frame was decoded twice, and counts once
 
 
 def test_the_backend_can_be_chosen_by_environment_variable(container_file, monkeypatch):

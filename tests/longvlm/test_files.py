@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -116,3 +117,44 @@ def test_folders_that_must_not_be_replaced_are_refused(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="home folder"):
         check_free(tmp_path / "project", overwrite=True)
     assert (tmp_path / "project" / "precious.txt").exists()
+
+
+def test_an_interruption_between_the_two_renames_loses_nothing(tmp_path, monkeypatch):
+    out, rename = tmp_path / "out", Path.rename
+    out.mkdir()
+    (out / "precious.txt").write_text("keep")
+
+    def interrupted(self, target):
+        renamed = rename(self, target)
+        if "previous" in str(target):
+            raise SystemExit(143)  # what SIGTERM becomes in the commands
+        return renamed
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(SystemExit), output_folder(out, overwrite=True) as folder:
+        (folder / "new.txt").write_text("new")
+    assert [file.name for file in tmp_path.rglob("*.txt")] == ["precious.txt"] and (out / "precious.txt").exists()
+
+
+def test_a_folder_that_was_lost_between_two_renames_is_not_overwritten(tmp_path):
+    out = tmp_path / "out"
+    script = (
+        "import os, sys, pathlib, longvlm.files as f\n"
+        "rename = pathlib.Path.rename\n"
+        "pathlib.Path.rename = lambda a, b: (rename(a, b), os._exit(9))\n"
+        "with f.output_folder(sys.argv[1], overwrite=True) as folder:\n    (folder / 'new.txt').touch()"
+    )
+    out.mkdir()
+    (out / "precious.txt").touch()
+    assert subprocess.run([sys.executable, "-c", script, str(out)]).returncode == 9
+    assert not out.exists()
+    with pytest.raises(ValueError, match="not empty"), output_folder(out):
+        pass
+    assert (out / "precious.txt").exists()
+
+
+def test_the_current_folder_is_not_replaced_even_if_it_is_empty(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="current folder"), output_folder("."):
+        pass
+    assert Path.cwd() == tmp_path

@@ -491,6 +491,19 @@ def test_what_cannot_be_loaded(tmp_path):
     LlamaConfig().save_pretrained(tmp_path / "llama")
     with pytest.raises(ValueError, match=r"not a LongVLM .its model_type is llama"):
         longvlm.load(tmp_path / "llama")
+    for content, message in (("[]", "JSON list"), ("{", "not a JSON file"), ("{}", "model_type is None")):
+        (tmp_path / "odd").mkdir(exist_ok=True)
+        (tmp_path / "odd" / "config.json").write_text(content)
+        with pytest.raises(ValueError, match=message):
+            longvlm.load(tmp_path / "odd")
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"LoRA adapter.*merge_lora"):
+        longvlm.load(tmp_path / "adapter")
+    with pytest.raises(ValueError, match="is a file"):
+        longvlm.load(longvlm.tiny_checkpoint() / "config.json")
+    with pytest.raises(ValueError, match='"float7" is not known'):
+        longvlm.load(dtype="float7")
     with pytest.raises(ValueError, match="device"):
         longvlm.load(device="abacus")
     with pytest.raises(ValueError, match="device_map"):

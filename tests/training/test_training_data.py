@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from PIL import Image
 
 from longvlm.features.store import FeatureWriter
 from longvlm.training.chat_encoding import encode_chat
@@ -196,6 +197,35 @@ def test_every_dropped_row_is_named_with_its_reason(videos, tmp_path):
     assert str(report).startswith("2 rows kept, 11 dropped: ")
     with pytest.raises(ValueError, match="no row is left to train on"):
         build_dataset([[{"q": "Who?", "a": ""}]], processor)
+
+
+def test_no_row_stops_the_others(videos, tmp_path):
+    """Each of these ended the whole run once."""
+    (tmp_path / "frames").mkdir()
+    Image.new("RGB", (32, 32)).save(tmp_path / "frames" / "1.png")  # images have no frame rate
+    rows = [
+        {"video": "long.mp4", "question": "Who?", "answer": "A man."},
+        {"video": "frames", "question": "Who?", "answer": "A man."},
+        {"video": "data:video/mp4;base64," + "A" * 5000, "question": "Who?", "answer": "A man."},
+        {"messages": [{"role": "user", "content": "Who?"}] * 2 + [{"role": "assistant", "content": "A man."}]},
+    ]
+    alternating = (
+        "{% for m in messages %}{% if loop.index0 % 2 != (m.role == 'assistant') | int %}"
+        "{{ raise_exception('roles must alternate') }}{% endif %}"
+        "{{ m.role + ': ' + m.content + eos_token }}{% endfor %}"
+    )
+    dataset, report = build_dataset(
+        [rows], processor_for(byte_level_tokenizer()), video_folders=[videos, tmp_path], video_options={"fps": 1.0},
+        chat_template=alternating,
+    )  # fmt: skip
+    assert len(dataset.chats) == 1
+    kinds = [row.kind for row in report.dropped]
+    assert kinds == ["broken video", "broken video", "refused by the chat template"]
+    assert "roles must alternate" in report.dropped[2].reason
+    with pytest.raises(ValueError, match="fps=-1"):  # the fault of the options, not of a row
+        build_dataset(
+            [rows], processor_for(byte_level_tokenizer()), video_folders=[videos], video_options={"fps": -1.0}
+        )
 
 
 def test_features_of_another_video_of_that_name_are_not_taken(tmp_path):

@@ -20,6 +20,7 @@ from longvlm_cli.options import (
     Quiet,
     Video,
     check_exists,
+    check_sampling,
     load_engine,
     video_options,
 )
@@ -65,6 +66,7 @@ def ask_command(
     if temperature > 0:
         generation |= {"do_sample": True, "temperature": temperature, "top_p": 1.0 if top_p is None else top_p}
     engine = load_engine(model, quiet=quiet, dtype=dtype.value, device=device)
+    check_sampling(options, engine)
     untrained = getattr(engine.model.config, "untrained_parts", None)
     if untrained:
         parts = " and ".join(part.replace("_", " ") for part in untrained)

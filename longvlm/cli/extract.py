@@ -15,6 +15,7 @@ from longvlm_cli.options import (
     NumFrames,
     Progress,
     Quiet,
+    check_sampling,
     load_engine,
     video_options,
 )
@@ -40,6 +41,7 @@ def extract_command(
 
     state = PartialState(cpu=not torch.accelerator.is_available())
     engine = load_engine(model, dtype=dtype.value, device=state.device)
+    check_sampling(options, engine)
     report = extract_features(
         videos,
         out,

@@ -86,6 +86,14 @@ def video_options(num_frames: int | None, fps: float | None, max_frames: int | N
     return {name: value for name, value in options.items() if value is not None}
 
 
+def check_sampling(options: dict[str, Any], engine) -> None:
+    """Refuses a maximum number of frames that would be ignored."""
+    if "max_frames" in options and "fps" not in options and engine.processor.video_processor.fps is None:
+        raise ValueError(
+            f"`max_frames` {options['max_frames']} needs `fps`; to choose the number of frames, give `num_frames`"
+        )
+
+
 def load_engine(model: str | None, *, quiet: bool = True, **options: Any):
     """
     Loads the model of a command, and says which one it is.

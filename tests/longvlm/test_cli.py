@@ -211,6 +211,7 @@ def bad(tmp_path, checkpoint, video):
         ("ask VIDEO Who? --model MODEL --device moon", "moon"),
         ("ask VIDEO Who? --model MODEL --num-frames 0", "--num-frames"),
         ("ask VIDEO Who? --model MODEL --num-frames 4 --fps 1", "exclude each other"),
+        ("ask VIDEO Who? --model MODEL --max-frames 4", "needs --fps"),
         ("ask VIDEO Who? --model MODEL --json --stream", "exclude each other"),
         ("ask VIDEO Who? --model MODEL --top-p 0.5", "--temperature"),
         ("ask VIDEO Who? --model MODEL --max-new-tokens 0", "--max-new-tokens"),

@@ -35,7 +35,10 @@ engine = longvlm.load(longvlm.tiny_checkpoint())
 vision = CLIPVisionConfig(
     image_size=224, patch_size=14, hidden_size=192, intermediate_size=768, num_hidden_layers=6, num_attention_heads=4
 )
-config = longvlm.LongVLMConfig(vision, engine.model.config.text_config, merge_num_heads=4)
+tokens = {name: getattr(engine.model.config, name) for name in (
+    "video_token_id", "video_start_token_id", "video_end_token_id"
+)}
+config = longvlm.LongVLMConfig(vision, engine.model.config.text_config, merge_num_heads=4, **tokens)
 model = longvlm.LongVLMForConditionalGeneration(config)
 model.save_pretrained(sys.argv[1])
 longvlm.LongVLMProcessor.from_config(config, engine.processor.tokenizer).save_pretrained(sys.argv[1])

@@ -1,13 +1,15 @@
-"""Which packets of an H.264 stream hold the second field of a picture.
+"""Which packets of an H.264 stream begin a picture.
 
 In interlaced video a picture may be stored as two fields, one packet each (PAFF: chosen picture by picture), which
-FFmpeg decodes to one frame. Containers do not tell; the start of each slice does (ITU-T H.264, 7.3.3).
+FFmpeg decodes to one frame; other packets hold no picture at all. Containers do not tell; the start of each slice does
+(ITU-T H.264, 7.3.3).
 """
 
 from collections.abc import Iterator
 from typing import NamedTuple
 
 _SLICE, _IDR_SLICE, _SPS, _PPS = 1, 5, 7, 8
+_DATA_PARTITIONS = {2, 3, 4}  # slices too, of a profile that nobody uses
 _WITH_CHROMA = (100, 110, 122, 244, 44, 83, 86, 118, 128, 138, 139, 134, 135)  # profiles whose SPS says more
 _SLICE_START = 32  # bytes: more than the fields that are read here can take
 _MAX_ZEROS = 32  # of an Exp-Golomb code
@@ -27,7 +29,7 @@ class _Slice(NamedTuple):
     frame_num: int
 
 
-class FieldPairs:
+class PictureStarts:
     """
     Follows the packets of an H.264 stream.
 
@@ -48,23 +50,31 @@ class FieldPairs:
         """Whether pictures may be stored as fields; nearly all video says no."""
         return any(not sequence.frames_only for sequence in self._sequences.values())
 
-    def is_second_field(self, packet) -> bool:
-        """Whether a packet (a buffer) completes the picture that the packet before it began. For each, in order."""
-        slices = []
+    def begins_picture(self, packet) -> bool:
+        """
+        Args:
+            packet: a buffer; each one, in order, if fields are `possible`.
+        Returns:
+            False for the second field of a picture, and for a packet without any slice.
+        """
+        slices, kinds = [], []
         for unit in self._units(bytes(packet)):
             kind = unit[0] & 31 if unit else 0
+            kinds.append(kind)
             if kind in (_SPS, _PPS):
                 self._read_parameters(unit)
             elif kind in (_SLICE, _IDR_SLICE):
                 slices.append(self._read_slice(unit))
+        if not slices and kinds and 0 not in kinds and not _DATA_PARTITIONS & set(kinds):
+            return False
         if not slices or None in slices or not slices[0].is_field or len({s.is_bottom for s in slices}) == 2:
             self._open = None  # a frame, or both of its fields in one packet
-            return False
+            return True
         first, self._open = self._open, slices[0]
         if first and first.frame_num == slices[0].frame_num and first.is_bottom != slices[0].is_bottom:
             self._open = None
-            return True
-        return False
+            return False
+        return True
 
     def _parameter_sets(self, extradata: bytes) -> Iterator[bytes]:
         if extradata[:1] != b"\x01":

@@ -17,7 +17,7 @@ from functools import cached_property
 
 import numpy as np
 
-from .field_pictures import FieldPairs
+from .field_pictures import PictureStarts
 from .video_sources import VideoDecodeError, VideoSource
 from .video_times import interpolate_missing, seconds_in_order
 
@@ -29,6 +29,7 @@ except ImportError:
 
 LEADING_FRAMES = 16  # maximum number of B-frames shown before, but stored after, their keyframe (x264)
 STORES_BOTH_CLOCKS = {"mov", "mpegts", "mpeg", "flv", "nut", "mxf"}  # when to decode and when to show
+SMALL_PACKET = 64  # bytes: it may hold no picture
 ARBITRARY_CLOCK = {"mpegts", "mpeg"}  # second 0 is somewhere before the recording
 
 # FFmpeg's AV_DISPOSITION_...
@@ -206,8 +207,9 @@ def _index_from_header(source: VideoSource, container, stream) -> FrameIndex | N
     entries = getattr(stream, "index_entries", ())  # PyAV 18
     if "mov" not in _formats(container) or len(entries) < 2 or len(entries) != stream.frames:
         return None  # fragmented files promise 0 frames and may show only a part of their index
-    if _field_pairs(stream) is not None:
-        return None
+    starts = _picture_starts(stream)
+    if starts is not None and starts.possible:
+        return None  # two packets may hold one frame
     packets, end = Packets(), 0
     for entry in entries:
         if entry.is_discard:
@@ -264,25 +266,27 @@ def _index_from_packets(source: VideoSource, container, stream) -> FrameIndex:
 
 
 def _read_packets(container, stream) -> Packets:
-    packets, fields = Packets(), _field_pairs(stream)
+    packets, starts = Packets(), _picture_starts(stream)
     try:
         for packet in container.demux(stream):
             if not packet.size:
                 continue
-            second = fields is not None and fields.is_second_field(packet)
-            packets.add(packet, not (second or getattr(packet, "is_discard", False) or _is_hidden(packet, stream)))
-            if second:
-                packets.is_key[-1] = False
+            hidden = getattr(packet, "is_discard", False) or _is_hidden(packet, stream)
+            whole = True
+            if starts is not None and (starts.possible or packet.size < SMALL_PACKET):
+                whole = starts.begins_picture(packet)
+            packets.add(packet, whole and not hidden)
     except av.FFmpegError:
         pass  # the end of what is readable; the caller reports what is missing
+    if "avi" in _formats(container) and not stream.codec_context.has_b_frames:
+        packets.pts = packets.dts  # AVI has no other clock; FFmpeg's guesses miss empty packets
     return packets
 
 
-def _field_pairs(stream) -> FieldPairs | None:
+def _picture_starts(stream) -> PictureStarts | None:
     if stream.codec_context.name != "h264":
         return None
-    fields = FieldPairs(stream.codec_context.extradata)
-    return fields if fields.possible else None
+    return PictureStarts(stream.codec_context.extradata)
 
 
 def _is_hidden(packet, stream) -> bool:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 _SLICE, _IDR_SLICE, _SPS, _PPS = 1, 5, 7, 8
-_DATA_PARTITIONS = {2, 3, 4}  # slices too, of a profile that nobody uses
+_WITHOUT_PICTURE = set(range(6, 14))  # kinds of units: messages, parameter sets, marks, filling
 _WITH_CHROMA = (100, 110, 122, 244, 44, 83, 86, 118, 128, 138, 139, 134, 135)  # profiles whose SPS says more
 _SLICE_START = 32  # bytes: more than the fields that are read here can take
 _MAX_ZEROS = 32  # of an Exp-Golomb code
@@ -65,7 +65,7 @@ class PictureStarts:
                 self._read_parameters(unit)
             elif kind in (_SLICE, _IDR_SLICE):
                 slices.append(self._read_slice(unit))
-        if not slices and kinds and 0 not in kinds and not _DATA_PARTITIONS & set(kinds):
+        if kinds and _WITHOUT_PICTURE.issuperset(kinds):
             return False
         if not slices or None in slices or not slices[0].is_field or len({s.is_bottom for s in slices}) == 2:
             self._open = None  # a frame, or both of its fields in one packet
@@ -96,7 +96,7 @@ class PictureStarts:
             while at + self._length_bytes < len(content):
                 size = int.from_bytes(content[at : at + self._length_bytes], "big")
                 at += self._length_bytes
-                yield content[at : at + size]
+                yield content[at : at + size] if at + size <= len(content) else b""
                 at += size
             return
         at = content.find(b"\0\0\1")

@@ -169,9 +169,11 @@ def open_container(source: VideoSource, video_stream: int | None = None):
 
 
 def _choose_stream(source: VideoSource, container, wanted: int | None):
-    streams = [stream for stream in container.streams.video if not _disposition(stream) & _NO_VIDEO]
+    # Without a decoder there is no codec context.
+    known = [stream for stream in container.streams.video if stream.codec_context is not None]
+    streams = [stream for stream in known if not _disposition(stream) & _NO_VIDEO]
     if wanted is not None:
-        for stream in container.streams.video:
+        for stream in known:
             if stream.index == wanted:
                 return stream
         there = ", ".join(str(stream.index) for stream in streams) or "none"
@@ -180,6 +182,8 @@ def _choose_stream(source: VideoSource, container, wanted: int | None):
         # A stream of pictures next to a film is a preview; among the rest, `max` takes the first of several.
         return max(streams, key=lambda s: (s.codec_context.name not in PICTURE_CODECS, _disposition(s) & DEFAULT))
     kinds = sorted({stream.type for stream in container.streams})
+    if len(known) < len(container.streams.video):
+        raise VideoDecodeError(f"{source.name}: FFmpeg has no decoder for its video stream, or cannot tell its codec")
     if not kinds:
         raise VideoDecodeError(f"{source.name}: the file has no video stream: it is empty, cut or damaged")
     raise VideoDecodeError(f"{source.name}: the file has no video stream (found: {', '.join(kinds)})")

@@ -192,12 +192,12 @@ class PyAVReader:
                 return
             if self.index.from_header:
                 self._times[self._number] = packet.pts
-            packet.pts = self._number
+            packet.pts = number = self._number
             self._number += 1
             try:
                 frames = packet.decode()
             except av.FFmpegError:
-                self.has_errors = True
+                self.has_errors |= self.index.from_header or stored.is_shown[number]
                 continue
             yield from frames
         try:

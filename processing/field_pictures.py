@@ -41,6 +41,7 @@ class PictureStarts:
         self._sequences: dict[int, _Sequence] = {}
         self._sequence_of: dict[int, int] = {}  # PPS -> SPS
         self._length_bytes = 0  # of the length before each unit; 0: start codes
+        self._possible = False
         self._open: _Slice | None = None  # the first field of a picture, still without its second
         for unit in self._parameter_sets(bytes(extradata or b"")):
             self._read_parameters(unit)
@@ -48,7 +49,13 @@ class PictureStarts:
     @property
     def possible(self) -> bool:
         """Whether pictures may be stored as fields; nearly all video says no."""
-        return any(not sequence.frames_only for sequence in self._sequences.values())
+        return self._possible
+
+    def read_parameter_sets(self, start) -> None:
+        """From the start of a keyframe's packet (a buffer), where the stream itself repeats or changes them."""
+        for unit in self._units(bytes(start)):
+            if unit and unit[0] & 31 in (_SPS, _PPS):
+                self._read_parameters(unit)
 
     def begins_picture(self, packet) -> bool:
         """
@@ -57,6 +64,8 @@ class PictureStarts:
         Returns:
             False for the second field of a picture, and for a packet without any slice.
         """
+        if not self.possible:
+            return not self._is_without_picture(bytes(packet))
         slices, kinds = [], []
         for unit in self._units(bytes(packet)):
             kind = unit[0] & 31 if unit else 0
@@ -75,6 +84,13 @@ class PictureStarts:
             self._open = None
             return False
         return True
+
+    def _is_without_picture(self, packet: bytes) -> bool:
+        unit = b""
+        for unit in self._units(packet):
+            if not unit or unit[0] & 31 not in _WITHOUT_PICTURE:
+                return False
+        return bool(unit)
 
     def _parameter_sets(self, extradata: bytes) -> Iterator[bytes]:
         if extradata[:1] != b"\x01":
@@ -96,7 +112,7 @@ class PictureStarts:
             while at + self._length_bytes < len(content):
                 size = int.from_bytes(content[at : at + self._length_bytes], "big")
                 at += self._length_bytes
-                yield content[at : at + size] if at + size <= len(content) else b""
+                yield content[at : at + size] if at + size <= len(content) else b""  # cut or garbage
                 at += size
             return
         at = content.find(b"\0\0\1")
@@ -114,6 +130,7 @@ class PictureStarts:
             elif unit[0] & 31 == _SPS:
                 number, sequence = _read_sequence(bits)
                 self._sequences[number] = sequence
+                self._possible |= not sequence.frames_only
         except (EOFError, IndexError):
             pass  # damaged; the decoder will say so
 

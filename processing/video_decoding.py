@@ -1,11 +1,11 @@
 """From a video to the requested frames, exactly and without decoding the rest.
 
-1. `video_index` gives the presentation time of every frame. Frame i is the i-th of them.
+1. `video_index` gives the order and the time of all frames. Frame i is the i-th that is shown.
 2. The caller's rule chooses frames from the metadata.
-3. A reader goes forward through the sorted targets. It seeks only where the target's keyframe lies past the last
-   decoded frame, and checks where it landed: some containers land late, where the picture would be wrong.
-4. Each frame is rotated upright, converted to RGB and passed straight to `transform` (resize), so that each reader
-   holds one frame at full size. Two readers share the targets.
+3. A reader (`video_reader`) goes forward through the sorted targets. It seeks only where the target's keyframe lies
+   past the last decoded frame, and checks that the frames behind it are those of the index.
+4. Each frame is converted to RGB, shown as a player would (`frame_display`) and passed straight to `transform`
+   (resize), so that each reader holds one frame at full size. Two readers share the targets.
 
 `decode_video` returns all frames together, `iter_video` yields them in pieces, so that any number of frames fits.
 """
@@ -112,8 +112,8 @@ def decode_video(
             fails or returns another frame than the index says (MPEG-TS), PyAV decodes.
         num_workers: number of readers that work at the same time; default 2.
         progress: called as `progress("decode", done, total)` after each frame, by one thread at a time.
-        video_stream: number of the video stream in its file. Default: the one that the file marks as default, or else the
-            first; cover pictures and thumbnails are not video.
+        video_stream: number of the video stream in its file. Default: the one that the file marks as default, or else
+            the first; cover pictures and thumbnails are not video.
     Returns:
         `DecodedVideo(frames, metadata)`. If a part of the video cannot be read, the readable frames are returned, a
         `VideoDecodeWarning` says how many are missing, and `metadata.frames_indices` names the frames that are there;

@@ -1,16 +1,17 @@
 """When each frame of a video is shown, and where decoding can start: without decoding anything.
 
-A packet of a file usually holds one frame, but it may be hidden (edit lists cut videos without encoding them again), be
-half a frame (a field), or carry no time, a wrong one, or that of another recording. So packets are told apart by where
-they lie in the file, their number in storage order is what a decoder labels its frames with, and times only sort them.
+A packet of a file usually holds one frame. But it may be hidden (edit lists cut videos without encoding them again),
+be half a frame (a field), or carry no time, a wrong one, or that of another recording. So packets are told apart by
+where they lie in the file; times only sort them.
 
-The index comes from the container's own table where that is known to be exact (MP4, MOV: read on opening), else from the
-packets, all of which are then read once. Both are claims: the reader checks that frames come out in this order. Where
-they do not, `index_from_decoding` takes the order from FFmpeg decoding the whole video, which is right by definition.
+The index comes from the container's own table where that is known to be exact (MP4, MOV: read on opening), otherwise
+from the packets, all of which are then read once. Both are claims: the reader checks that frames come in this order.
+Where they do not, `index_from_decoding` takes the order in which FFmpeg decodes the whole video.
 """
 
 import bisect
 import itertools
+import operator
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import cached_property
@@ -30,6 +31,7 @@ except ImportError:
 LEADING_FRAMES = 16  # maximum number of B-frames shown before, but stored after, their keyframe (x264)
 STORES_BOTH_CLOCKS = {"mov", "mpegts", "mpeg", "flv", "nut", "mxf"}  # when to decode and when to show
 SMALL_PACKET = 64  # bytes: it may hold no picture
+PARAMETER_SETS = 512  # bytes at the start of a keyframe among which they are, if anywhere
 ARBITRARY_CLOCK = {"mpegts", "mpeg"}  # second 0 is somewhere before the recording
 
 # FFmpeg's AV_DISPOSITION_...
@@ -40,7 +42,7 @@ PICTURE_CODECS = {"mjpeg", "png", "bmp", "gif", "webp", "tiff"}
 
 @dataclass
 class Packets:
-    """The packets of a video stream in storage order. `pos` and `size` are in bytes; times are `None` where missing."""
+    """The packets of a video stream in storage order. `pos` and `size` are bytes; missing times are `None`."""
 
     pos: list[int | None] = field(default_factory=list)
     size: list[int] = field(default_factory=list)
@@ -51,14 +53,6 @@ class Packets:
 
     def __len__(self) -> int:
         return len(self.size)
-
-    def add(self, packet, is_shown: bool) -> None:
-        self.pos.append(packet.pos)
-        self.size.append(packet.size)
-        self.pts.append(packet.pts)
-        self.dts.append(packet.dts)
-        self.is_key.append(packet.is_keyframe)
-        self.is_shown.append(is_shown)
 
     @cached_property
     def keys(self) -> dict[tuple, int]:
@@ -93,8 +87,8 @@ class FrameIndex:
         num_frames: number of frames.
         stream: number of the video stream in its container.
         packets: what is stored.
-        order: for each frame, in presentation order, the number of the packet that it comes from. `None`: unknown, since
-            packets carry no usable times: frames are counted as they are decoded.
+        order: for each frame, in presentation order, the number of the packet that it comes from. `None`: unknown,
+            since packets carry no usable times; frames are counted as they are decoded.
         keyframes: ascending.
         seconds: when each frame is shown; `None` if unknown.
         pts: the same in the container's units where they ascend, for other decoders and for an index from a header;
@@ -212,18 +206,14 @@ def _index_from_header(source: VideoSource, container, stream) -> FrameIndex | N
     if "mov" not in _formats(container) or len(entries) < 2 or len(entries) != stream.frames:
         return None  # fragmented files promise 0 frames and may show only a part of their index
     starts = _picture_starts(stream)
-    if starts is not None and starts.possible:
-        return None  # two packets may hold one frame
-    packets, end = Packets(), 0
-    for entry in entries:
-        if entry.is_discard:
-            return None  # an edit list
-        packets.pos.append(entry.pos)
-        packets.size.append(entry.size)
-        packets.dts.append(entry.timestamp)
-        packets.is_key.append(bool(entry.is_keyframe))
-        end = max(end, entry.pos + entry.size)
-    dts: list[int] = packets.dts  # type: ignore[assignment]
+    if starts is not None and (starts.possible or stream.codec_context.codec_tag == "avc3"):
+        return None  # two packets may hold one frame; "avc3": only the packets tell
+    rows = [(entry.pos, entry.size, entry.timestamp, entry.is_keyframe, entry.is_discard) for entry in entries]
+    pos, size, dts, is_key, is_discard = map(list, zip(*rows, strict=True))
+    if any(is_discard):
+        return None  # an edit list
+    packets = Packets(pos=pos, size=size, dts=dts, is_key=is_key)
+    end = max(map(operator.add, pos, size))
     keys = [number for number, is_key in enumerate(packets.is_key) if is_key]
     steps = {b - a for a, b in itertools.pairwise(dts)}
     start = stream.start_time
@@ -270,18 +260,24 @@ def _index_from_packets(source: VideoSource, container, stream) -> FrameIndex:
 
 
 def _read_packets(container, stream) -> Packets:
-    packets, starts = Packets(), _picture_starts(stream)
+    rows: list[tuple] = []
+    starts, is_vp8 = _picture_starts(stream), stream.codec_context.name == "vp8"
     try:
         for packet in container.demux(stream):
             if not packet.size:
                 continue
-            hidden = getattr(packet, "is_discard", False) or _is_hidden(packet, stream)
-            whole = True
-            if starts is not None and (starts.possible or packet.size < SMALL_PACKET):
-                whole = starts.begins_picture(packet)
-            packets.add(packet, whole and not hidden)
+            is_shown = not getattr(packet, "is_discard", False)
+            if starts is not None:
+                if packet.is_keyframe:
+                    starts.read_parameter_sets(memoryview(packet)[:PARAMETER_SETS])
+                if starts.possible or packet.size < SMALL_PACKET:
+                    is_shown &= starts.begins_picture(packet)
+            elif is_vp8:  # has packets that are never shown (alternate references); a bit in their first byte says so
+                is_shown &= bool(memoryview(packet)[0] & 0x10)
+            rows.append((packet.pos, packet.size, packet.pts, packet.dts, packet.is_keyframe, is_shown))
     except av.FFmpegError:
         pass  # the end of what is readable; the caller reports what is missing
+    packets = Packets(*map(list, zip(*rows, strict=True)))
     if "avi" in _formats(container) and not stream.codec_context.has_b_frames:
         packets.pts = packets.dts  # AVI has no other clock; FFmpeg's guesses miss empty packets
     return packets
@@ -291,11 +287,6 @@ def _picture_starts(stream) -> PictureStarts | None:
     if stream.codec_context.name != "h264":
         return None
     return PictureStarts(stream.codec_context.extradata)
-
-
-def _is_hidden(packet, stream) -> bool:
-    """VP8 has packets that are never shown (alternate references); a bit in their first byte says so."""
-    return stream.codec_context.name == "vp8" and not memoryview(packet)[0] & 0x10
 
 
 def _formats(container) -> set[str]:
@@ -318,9 +309,9 @@ def _times_are_useless(packets: Packets, container, stream) -> bool:
 def _presentation_order(packets: Packets) -> np.ndarray:
     """Numbers of all packets, hidden ones included, in the order in which frames are shown.
 
-    Times sort packets only within a stretch on one clock. A new stretch (another recording, or the next edit of an edit
-    list, which starts with hidden packets) begins at a time before the end of the previous group of pictures: no frame
-    of the same stretch is stored that late.
+    Times sort packets only within a stretch on one clock. A new stretch (another recording, or the next edit of an
+    edit list, which starts with hidden packets) begins at a time before the end of the previous group of pictures: no
+    frame of the same stretch is stored that late.
     """
     stretch, stretches = 0, []
     floor = highest = float("-inf")
@@ -339,7 +330,9 @@ def _presentation_order(packets: Packets) -> np.ndarray:
     return np.lexsort((np.array(times, dtype=np.int64), np.array(stretches)))
 
 
-def make_index(packets: Packets, order: np.ndarray, container, stream, *, is_decoded=False, shortfall="") -> FrameIndex:
+def make_index(
+    packets: Packets, order: np.ndarray, container, stream, *, is_decoded=False, shortfall=""
+) -> FrameIndex:
     """
     Args:
         order: numbers of packets in presentation order. Hidden ones may be among them, and tell where in that order
@@ -369,25 +362,21 @@ def make_index(packets: Packets, order: np.ndarray, container, stream, *, is_dec
 
 
 def _keyframes(packets: Packets, order: np.ndarray, positions: np.ndarray, num_frames: int) -> list[Keyframe]:
-    keyframes: list[Keyframe] = []
-    # From the last to the first: what is stored before a keyframe but shown after it cannot be decoded from it.
-    earliest, found = len(packets), []
-    is_key = np.array(packets.is_key)
-    for rank in range(len(order) - 1, -1, -1):
-        number = int(order[rank])
-        if is_key[number] and number < earliest and positions[rank] < num_frames:
-            found.append(Keyframe(int(positions[rank]), number, (packets.pts[number], packets.dts[number])))
-        earliest = min(earliest, number)
-    for key in reversed(found):
-        if not keyframes or key.number > keyframes[-1].number:
-            keyframes.append(key)
-    return keyframes
+    # What is stored before a keyframe but shown after it cannot be decoded from it.
+    earliest = np.minimum.accumulate(order[::-1])[::-1]  # number of a packet that is shown no earlier
+    usable = np.array(packets.is_key)[order] & (earliest == order) & (positions < num_frames)
+    return [
+        Keyframe(int(position), int(number), (packets.pts[number], packets.dts[number]))
+        for position, number in zip(positions[usable], order[usable], strict=True)
+    ]
 
 
 # --- from decoding ---
 
 
-def index_from_decoding(index: FrameIndex, container, stream, outputs: list[int | None], is_damaged: bool) -> FrameIndex:
+def index_from_decoding(
+    index: FrameIndex, container, stream, outputs: list[int | None], is_damaged: bool
+) -> FrameIndex:
     """
     The index of a video that was decoded whole.
 

@@ -1,9 +1,9 @@
 """Reads the frames of an indexed video, forwards, and makes sure that each is the one asked for.
 
-Every packet gets its number in the file as its time before it is decoded, so that each frame says which packet it comes
-from, whatever clock the file has. A seek counts only if it lands on a keyframe that the index knows, by its place in the
-file, at or before the one wanted. From there on, frames must come in the order of the index. If they do not, the
-seek is taken back; if they do not even from the start of the file, the index is wrong (`IndexIsWrong`).
+Each packet gets its number in the file as its time before it is decoded, so that each frame says which packet it
+comes from, whatever clock the file has. A seek counts only if it lands on a keyframe that the index knows, by its
+place in the file, at or before the one wanted. From there on, frames must come in the order of the index. If they do
+not, the seek is taken back; if they do not even from the start of the file, the index is wrong (`IndexIsWrong`).
 """
 
 from collections.abc import Iterator

@@ -1,5 +1,6 @@
-"""Legal video files that few programs read right, made at test time: edit lists, fields, clocks that jump, odd streams."""
+"""Legal video files that few programs read right, made at test time: edit lists, fields, matrices, copied packets."""
 
+import io
 import struct
 from fractions import Fraction
 from pathlib import Path
@@ -69,7 +70,7 @@ def set_edit_list(path, edits) -> str:
     Replaces the edit list of a video whose index is at its end, as FFmpeg writes it.
 
     Args:
-        edits: (first, count) in frames of a constant rate, in decoding units of the track; `first=None`: an empty edit.
+        edits: (first frame, number of frames) of a constant rate; first frame `None`: nothing is shown for so long.
     """
     data = bytearray(Path(path).read_bytes())
     movie = _find(data, b"moov", b"mvhd")[0]
@@ -204,26 +205,30 @@ def field_video(count: int, *, gop: int = 6, pairs=lambda number: True) -> list[
     return frames
 
 
-def write_fields(path, frames, *, together=False, rate=25) -> str:
+def write_fields(path, frames, *, together=False, header_of_frames=False, rate=25) -> str:
     """
     Writes `field_video` to a container, or as it is to a file that ends in .h264.
 
     Args:
         together: both fields in one packet; otherwise each has its own.
+        header_of_frames: the container's header describes a stream of frames; only the packets tell of fields.
     """
+    raw = b"".join(unit for frame in frames for unit in frame)
     if str(path).endswith(".h264"):
-        Path(path).write_bytes(b"".join(unit for frame in frames for unit in frame))
+        Path(path).write_bytes(raw)
         return str(path)
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=rate)
-        stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
-        stream.codec_context.extradata = _parameter_sets(WIDTH, HEIGHT)
-        stream.codec_context.time_base = Fraction(1, 2 * rate)
+    with av.open(io.BytesIO(raw), format="h264") as given, av.open(str(path), "w") as container:
+        if header_of_frames:
+            stream = container.add_stream("libx264", rate=rate)
+            stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
+        else:
+            stream = container.add_stream_from_template(given.streams.video[0])
         for number, units in enumerate(frames):
             parts = [b"".join(units)] if together else units
             for half, content in enumerate(parts):
                 packet = av.Packet(content)
                 packet.pts = packet.dts = 2 * number + half
+                packet.duration = 2 // len(parts)
                 packet.time_base = Fraction(1, 2 * rate)
                 packet.is_keyframe = half == 0 and content[4] & 31 == 7
                 packet.stream = stream

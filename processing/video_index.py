@@ -424,10 +424,10 @@ def _seconds_of_counted(packets: Packets, container, stream, numbers=None) -> np
     times = [clock[number] for number in numbers]
     if sum(time is None for time in times) > len(times) // 2:
         return None
-    times = interpolate_missing(times)
-    if len(set(times)) <= len(times) // 2:
+    filled = interpolate_missing(times)
+    if len(set(filled)) <= len(filled) // 2:
         return None
-    return seconds_in_order(sorted(times), stream.time_base, from_zero=True)
+    return seconds_in_order(sorted(filled), stream.time_base, from_zero=True)
 
 
 # --- what is missing ---

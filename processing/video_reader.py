@@ -39,6 +39,7 @@ class PyAVReader:
     def __init__(self, source: VideoSource, index: FrameIndex):
         self.source, self.index = source, index
         self.container: Any = None
+        self.frame: Any = None  # the last one
         self.bad_seeks = 0
         self.can_seek = len(index.keyframes) > 1
         self._key_positions = {key.number: key.position for key in index.keyframes}
@@ -130,7 +131,7 @@ class PyAVReader:
         return self._key_positions.get(number, self.index.num_frames)
 
     def _start(self, packets, packet, number: int, position: int) -> None:
-        self.frame: Any = None
+        self.frame = None
         self.position = position  # of the last frame
         self.has_errors = self._in_order = False
         self._first = self._number = number  # of the first and the next packet

@@ -9,7 +9,7 @@ JUMP_SECONDS = 10.0  # a longer step is another clock, where it is also far long
 JUMP_STEPS = 50
 
 
-def interpolate_missing(times: Sequence[int | None]) -> list[float]:
+def interpolate_missing(times: Sequence[float | None]) -> list[float]:
     """Timestamps with the missing ones put between their neighbours, or one step outside them. One must be there."""
     known = np.array([i for i, time in enumerate(times) if time is not None])
     values = np.array([times[i] for i in known], dtype=np.float64)
@@ -21,7 +21,7 @@ def interpolate_missing(times: Sequence[int | None]) -> list[float]:
     return filled.tolist()
 
 
-def seconds_in_order(times: Sequence[int | None], time_base: Fraction, from_zero: bool) -> np.ndarray | None:
+def seconds_in_order(times: Sequence[float | None], time_base: Fraction, from_zero: bool) -> np.ndarray | None:
     """
     Args:
         times: timestamps in presentation order.

@@ -89,12 +89,11 @@ def film(tmp_path_factory):
     return write
 
 
-@pytest.mark.parametrize("suffix", ["mp4", "mov"])
 @pytest.mark.parametrize("b_frames", ["0", "3"])
 @pytest.mark.parametrize("kind", EDITS)
-def test_an_edit_list_shows_what_it_lists(tmp_path, film, kind, b_frames, suffix):
+def test_an_edit_list_shows_what_it_lists(tmp_path, film, kind, b_frames):
     edits, expected = EDITS[kind]
-    path = tmp_path / f"a.{suffix}"
+    path = tmp_path / ("a.mov" if kind == "two" else "a.mp4")
     path.write_bytes(film(b_frames))
     metadata = check(set_edit_list(path, edits), expected)
     assert metadata.timestamps[0] == pytest.approx(1.0 if edits[0][0] is None else 0.0)
@@ -158,13 +157,11 @@ def test_the_display_matrix_moves_each_pixel(tmp_path, matrix, suffix):
 # --- pixels that are not square ---
 
 
-def write_with_aspect(path, aspect, size, rotation=None):
+def write_with_aspect(path, aspect, size):
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=25)
         stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
         stream.codec_context.sample_aspect_ratio = aspect
-        if rotation is not None:
-            stream.set_display_rotation(rotation)
         for number in range(5):
             frame = av.VideoFrame.from_ndarray(numbered_frame(number, *size), format="rgb24")
             frame.pts = number
@@ -193,8 +190,8 @@ def test_frames_have_the_shape_that_players_show(tmp_path, suffix, aspect, size,
 
 
 def test_wide_pixels_are_widened_before_the_picture_is_turned(tmp_path):
-    path = write_with_aspect(tmp_path / "a.mp4", Fraction(2), (320, 64), rotation=90)
-    assert decode_video(path).frames[0].shape == (640, 64, 3)
+    path = write_with_aspect(tmp_path / "a.mp4", Fraction(2), (320, 64))
+    assert decode_video(set_matrix(path, 0, -1, 1, 0)).frames[0].shape == (640, 64, 3)
 
 
 def test_the_crop_is_that_of_the_shown_shape(tmp_path):
@@ -293,13 +290,13 @@ def test_two_recordings_joined_are_one_film(tmp_path, kind, starts):
 @pytest.mark.parametrize("b_frames", ["0", "3"])
 def test_avi_keeps_the_times_of_copied_h264(tmp_path, b_frames):
     """At 25 frames a second in units of 1/600 s: 23 of 24 entries are empty packets, which repeat a frame."""
-    source = write_video(tmp_path / "a.mp4", 500, options={"bf": b_frames, "x264-params": FIXED_GOP})
+    source = write_video(tmp_path / "a.mp4", 200, options={"bf": b_frames, "x264-params": FIXED_GOP})
     path = remux(source, tmp_path / "b.avi", annexb=True)
-    metadata = check(path, range(500))
-    np.testing.assert_allclose(metadata.source_timestamps, np.arange(500) / 25, atol=1e-6)
+    metadata = check(path, range(200))
+    np.testing.assert_allclose(metadata.source_timestamps, np.arange(200) / 25, atol=1e-6)
     taken = LongVLMVideoProcessor()(str(path), fps=1, return_tensors="pt", return_metadata=True)
-    assert taken["num_frames"].tolist() == [20]
-    assert [i // 25 for i in taken["video_metadata"][0].frames_indices] == list(range(20))
+    assert taken["num_frames"].tolist() == [8]
+    assert [i // 25 for i in taken["video_metadata"][0].frames_indices] == list(range(8))
 
 
 def test_avi_keeps_an_uneven_rate(tmp_path):

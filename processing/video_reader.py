@@ -22,6 +22,7 @@ except ImportError:
     av = None  # type: ignore[assignment]
 
 REOPEN = object()
+STORES_EACH_TIME = {"mov", "matroska"}
 MAX_BAD_SEEKS = 2  # after them, the video is only read forwards
 
 
@@ -261,8 +262,13 @@ class TorchcodecReader:
 
 
 def torchcodec_shows_it_right(source: VideoSource, index: FrameIndex) -> bool:
-    """torchcodec turns frames, but neither mirrors them nor makes their pixels square."""
+    """
+    Whether torchcodec can be trusted with a video. It finds frames by time only, which is not safe unless the
+    file stores the time of each frame; it turns frames, but neither mirrors them nor makes their pixels square.
+    """
     with PyAVReader(source, index) as reader:
+        if not STORES_EACH_TIME.intersection(reader.container.format.name.split(",")):
+            return False
         frame = next(reader.frames, None)
         if frame is None:
             return False

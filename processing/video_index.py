@@ -12,6 +12,7 @@ Where they do not, `index_from_decoding` takes the order in which FFmpeg decodes
 import bisect
 import itertools
 import operator
+from array import array
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import cached_property
@@ -42,14 +43,21 @@ PICTURE_CODECS = {"mjpeg", "png", "bmp", "gif", "webp", "tiff"}
 
 @dataclass
 class Packets:
-    """The packets of a video stream in storage order. `pos` and `size` are bytes; missing times are `None`."""
+    """
+    The packets of a video stream in storage order.
 
-    pos: list[int | None] = field(default_factory=list)
-    size: list[int] = field(default_factory=list)
+    Attributes:
+        pos, size: where each lies in the file, in bytes; `pos` is -1 where that is unknown.
+        pts, dts: when to show and when to decode it, in the container's units; `None` where missing.
+        is_key, is_shown: flags; it is a keyframe; it begins a frame that is shown.
+    """
+
+    pos: array = field(default_factory=lambda: array("q"))
+    size: array = field(default_factory=lambda: array("q"))
     pts: list[int | None] = field(default_factory=list)
     dts: list[int | None] = field(default_factory=list)
-    is_key: list[bool] = field(default_factory=list)
-    is_shown: list[bool] = field(default_factory=list)  # it begins a frame that is shown
+    is_key: bytearray = field(default_factory=bytearray)
+    is_shown: bytearray = field(default_factory=bytearray)
 
     def __len__(self) -> int:
         return len(self.size)
@@ -60,7 +68,7 @@ class Packets:
         numbers: dict[tuple, int] = {}
         for number in itertools.compress(range(len(self)), self.is_key):
             place = (self.pos[number], self.size[number])
-            numbers[place] = -1 if place in numbers or place[0] is None else number
+            numbers[place] = -1 if place in numbers or place[0] < 0 else number
         return {place: number for place, number in numbers.items() if number >= 0}
 
 
@@ -208,12 +216,15 @@ def _index_from_header(source: VideoSource, container, stream) -> FrameIndex | N
     starts = _picture_starts(stream)
     if starts is not None and (starts.possible or stream.codec_context.codec_tag == "avc3"):
         return None  # two packets may hold one frame; "avc3": only the packets tell
-    rows = [(entry.pos, entry.size, entry.timestamp, entry.is_keyframe, entry.is_discard) for entry in entries]
-    pos, size, dts, is_key, is_discard = map(list, zip(*rows, strict=True))
-    if any(is_discard):
-        return None  # an edit list
-    packets = Packets(pos=pos, size=size, dts=dts, is_key=is_key)
-    end = max(map(operator.add, pos, size))
+    packets, dts = Packets(), []
+    for entry in entries:
+        if entry.is_discard:
+            return None  # an edit list
+        packets.pos.append(entry.pos)
+        packets.size.append(entry.size)
+        packets.is_key.append(entry.is_keyframe)
+        dts.append(entry.timestamp)
+    end = max(map(operator.add, packets.pos, packets.size))
     keys = [number for number, is_key in enumerate(packets.is_key) if is_key]
     steps = {b - a for a, b in itertools.pairwise(dts)}
     start = stream.start_time
@@ -260,7 +271,7 @@ def _index_from_packets(source: VideoSource, container, stream) -> FrameIndex:
 
 
 def _read_packets(container, stream) -> Packets:
-    rows: list[tuple] = []
+    packets = Packets()
     starts, is_vp8 = _picture_starts(stream), stream.codec_context.name == "vp8"
     try:
         for packet in container.demux(stream):
@@ -274,10 +285,14 @@ def _read_packets(container, stream) -> Packets:
                     is_shown &= starts.begins_picture(packet)
             elif is_vp8:  # has packets that are never shown (alternate references); a bit in their first byte says so
                 is_shown &= bool(memoryview(packet)[0] & 0x10)
-            rows.append((packet.pos, packet.size, packet.pts, packet.dts, packet.is_keyframe, is_shown))
+            packets.pos.append(-1 if packet.pos is None else packet.pos)
+            packets.size.append(packet.size)
+            packets.pts.append(packet.pts)
+            packets.dts.append(packet.dts)
+            packets.is_key.append(packet.is_keyframe)
+            packets.is_shown.append(is_shown)
     except av.FFmpegError:
         pass  # the end of what is readable; the caller reports what is missing
-    packets = Packets(*map(list, zip(*rows, strict=True)))
     if "avi" in _formats(container) and not stream.codec_context.has_b_frames:
         packets.pts = packets.dts  # AVI has no other clock; FFmpeg's guesses miss empty packets
     return packets
@@ -338,7 +353,7 @@ def make_index(
         order: numbers of packets in presentation order. Hidden ones may be among them, and tell where in that order
             their keyframe lies.
     """
-    shown = np.array(packets.is_shown)
+    shown = np.array(packets.is_shown, dtype=bool)
     if not is_decoded:
         first_key = next(itertools.compress(range(len(packets)), packets.is_key), int(order[0]))
         # Frames before the first keyframe (a recording that starts mid-stream) cannot be decoded.
@@ -364,7 +379,7 @@ def make_index(
 def _keyframes(packets: Packets, order: np.ndarray, positions: np.ndarray, num_frames: int) -> list[Keyframe]:
     # What is stored before a keyframe but shown after it cannot be decoded from it.
     earliest = np.minimum.accumulate(order[::-1])[::-1]  # number of a packet that is shown no earlier
-    usable = np.array(packets.is_key)[order] & (earliest == order) & (positions < num_frames)
+    usable = np.array(packets.is_key, dtype=bool)[order] & (earliest == order) & (positions < num_frames)
     return [
         Keyframe(int(position), int(number), (packets.pts[number], packets.dts[number]))
         for position, number in zip(positions[usable], order[usable], strict=True)

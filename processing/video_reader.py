@@ -199,7 +199,7 @@ class PyAVReader:
             try:
                 frames = packet.decode()
             except av.FFmpegError:
-                self.has_errors |= self.index.from_header or stored.is_shown[number]
+                self.has_errors |= self.index.from_header or bool(stored.is_shown[number])
                 continue
             yield from frames
         try:

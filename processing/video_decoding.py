@@ -296,6 +296,8 @@ def _decode_file(source: VideoSource, job: _Job) -> Iterator[DecodedVideo]:
         try:
             if index.from_header and len(pieces) > 1:
                 raise IndexIsWrong  # it may be, and pieces cannot be taken back once they were yielded
+            if index.is_counted and not index.is_decoded and index.packets.keys and len(pieces) > 2:
+                raise IndexIsWrong  # each piece would count from the start: decoding all once, then seeking, is faster
             frames = _read_frames(source, index, pieces[position], metadata, job)
             if index.from_header and len(frames) < len(set(chosen)):
                 raise IndexIsWrong

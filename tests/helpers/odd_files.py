@@ -37,14 +37,22 @@ def remux(source, path, *, change=None, annexb=False, format=None, options=None)
         copy = made.add_stream_from_template(stream)
         packets = (p for p in given.demux(stream) if p.size)
         if annexb:
-            convert = BitStreamFilterContext("h264_mp4toannexb", stream)
-            packets = (changed for packet in packets for changed in convert.filter(packet))
+            packets = _with_start_codes(packets, stream)
         for number, packet in enumerate(packets):
             if change is not None and change(number, packet) is False:
                 continue
             packet.stream = copy
             made.mux(packet)
     return str(path)
+
+
+def _with_start_codes(packets, stream):
+    convert = BitStreamFilterContext("h264_mp4toannexb", stream)
+    for packet in packets:
+        is_key = packet.is_keyframe  # the filter empties the packet
+        (changed,) = convert.filter(packet)
+        changed.is_keyframe = is_key
+        yield changed
 
 
 # --- boxes of MP4 files ---

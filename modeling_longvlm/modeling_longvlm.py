@@ -122,20 +122,24 @@ def video_facts(features: Mapping) -> dict[str, tuple | None]:
 class LongVLMModelOutputWithPast(BaseModelOutputWithPast):
     """
     Args:
-        video_features ([`LongVLMVideoFeatures`], *optional*): features of the videos, if any.
+        video_features ([`LongVLMVideoFeatures`], *optional*): features of the videos, if any; `video_outputs` is
+            another name for them, transformers' own.
     """
 
     video_features: LongVLMVideoFeatures | None = None
+    video_outputs = property(lambda self: self.video_features)
 
 
 @dataclass
 class LongVLMCausalLMOutputWithPast(CausalLMOutputWithPast):
     """
     Args:
-        video_features ([`LongVLMVideoFeatures`], *optional*): features of the videos, if any.
+        video_features ([`LongVLMVideoFeatures`], *optional*): features of the videos, if any; `video_outputs` is
+            another name for them, transformers' own.
     """
 
     video_features: LongVLMVideoFeatures | None = None
+    video_outputs = property(lambda self: self.video_features)
 
 
 class LongVLMMultiModalProjector(nn.Module):

@@ -240,6 +240,17 @@ def test_precomputed_features_give_the_same_logits():
     assert torch.equal(model(**inputs, video_features=separately).logits, expected)
 
 
+def test_outputs_hold_the_videos_by_transformers_name_too():
+    model, processor = tiny_longvlm()
+    count = model.config.num_video_tokens(4)
+    inputs = processor(text="<video>\nWhat?", video_token_counts=[count], return_tensors="pt")
+    for part in (model, model.model):
+        outputs = part(**inputs, pixel_values_videos=noise_video(4))
+        assert outputs.video_outputs is outputs.video_features
+        assert [len(tokens) for tokens in outputs.video_outputs.pooler_output] == [count]
+    assert model(**{name: value[:, -3:] for name, value in inputs.items()}).video_outputs is None
+
+
 def test_embeddings_instead_of_ids():
     model, processor = tiny_longvlm()
     inputs = processor(text="<video>\nWhat?", num_video_tokens=[model.config.num_video_tokens(5)], return_tensors="pt")

@@ -508,6 +508,8 @@ class LongVLMForConditionalGeneration(LongVLMPreTrainedModel, GenerationMixin):
         name = next(name for name, module in self.model.named_modules() if module is embeddings)
         self._tied_weights_keys = {"lm_head.weight": f"model.{name}.weight"}
         self.post_init()
+        if config.tie_word_embeddings and f"model.{name}" not in self._tp_plan:
+            self._tp_plan.pop("lm_head", None)  # one tensor: sharded over devices in both places or in none
 
     def get_input_embeddings(self) -> nn.Module:
         return self.model.get_input_embeddings()

@@ -459,7 +459,12 @@ class LongVLMProcessor(ProcessorMixin):
             if not _is_refusal(error):
                 raise
             raise ValueError(f"the chat template refuses this conversation: {error}") from error
-        return prompts, spans, flat
+        if spans:  # a template of parts may write a video in another way
+            spans = [
+                [tuple(len(self._one_token_per_video(prompt[:edge])) for edge in span) for span in row]
+                for prompt, row in zip(prompts, spans, strict=True)
+            ]
+        return [self._one_token_per_video(prompt) for prompt in prompts], spans, flat
 
     def _writes_videos(self, flat: list, chat_template: str, options: dict) -> bool:
         """Whether a template that reads parts writes a placeholder for each video."""
@@ -471,7 +476,7 @@ class LongVLMProcessor(ProcessorMixin):
             if not _is_refusal(error):
                 raise
             return False
-        written = [self._one_token_per_video(prompt).count(self.video_token) for prompt in prompts]
+        written = [prompt.count(self.video_token) + prompt.count(VIDEO_ALIAS) for prompt in prompts]
         return all(count >= len(parts) for count, (_, _, parts) in zip(written, flat, strict=True))
 
     def plain_messages(self, conversation) -> list[dict]:

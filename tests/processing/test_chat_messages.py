@@ -13,6 +13,7 @@ from longvlm import LongVLMEngine, LongVLMProcessor, LongVLMVideoProcessor
 from longvlm.processing.chat_template_form import AS_GIVEN, PARTS, STRING, content_form
 from longvlm.processing.chat_templates_longvlm import CHAT_TEMPLATES
 from longvlm.processing.text_escaping import unescape
+from longvlm.training.chat_encoding import IGNORED, encode_chat
 from tests.helpers.tiny_models import tiny_longvlm
 from tests.helpers.tokenizers_for_tests import CHATML_TEMPLATE, byte_level_tokenizer
 
@@ -134,6 +135,28 @@ def test_an_answer_in_parts_can_be_continued_and_masked(processor):
     assert processor.decode(answer) == "A cat<|im_end|>"
 
 
+WRITES_VIDEOS = "{% for part in m.content %}{{ part.text if part.type == 'text' else 'VIDEO' }}{% endfor %}"
+ANSWERS = "{% generation %}{{ m.content[0].text + '<|im_end|>' }}{% endgeneration %}"
+
+
+@pytest.mark.parametrize("written", ["<video>", "<vid_patch>", "<vid_start><vid_patch><vid_end>"])
+def test_answers_are_found_however_a_template_writes_videos(processor, written):
+    template = "{% for m in messages %}{% if m.role == 'user' %}USER{% else %}ANSWER{% endif %}{% endfor %}"
+    template = template.replace("USER", WRITES_VIDEOS.replace("VIDEO", written)).replace("ANSWER", ANSWERS)
+    clip = {"type": "video", "video": VIDEO}
+    chat = [*user(clip, text("What?")), {"role": "assistant", "content": "A cat"}] * 2
+    assert processor.apply_chat_template(chat, template) == "<vid_patch>What?A cat<|im_end|>" * 2
+    out = processor.apply_chat_template(
+        chat, template, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+    )
+    answers = [i for i, m in zip(out["input_ids"][0], out["assistant_masks"][0], strict=True) if m]
+    assert processor.decode(answers) == "A cat<|im_end|>" * 2
+    chat = [*user({"type": "video"}, text("What?")), {"role": "assistant", "content": "A cat"}]
+    for training_template in (template, template.replace("{% generation %}", "").replace("{% endgeneration %}", "")):
+        encoded = encode_chat(processor, chat, [5], chat_template=training_template)
+        assert processor.decode([label for label in encoded.labels if label != IGNORED]) == "A cat<|im_end|>"
+
+
 # --- text from a person is not searched for special tokens ---
 
 
@@ -245,6 +268,19 @@ def test_the_engine_answers_messages_that_are_objects():
     assert engine.generate([chat, chat], max_new_tokens=4) == engine.generate([plain, plain], max_new_tokens=4)
     assert "".join(engine.stream(chat, max_new_tokens=4)) == engine.generate(plain, max_new_tokens=4)
     assert engine.score_choices(chat, ["a", "b"]) == engine.score_choices(plain, ["a", "b"])
+
+
+@pytest.mark.parametrize("template", [LOOPS, INDEXES])
+def test_the_engine_uses_templates_of_parts(template):
+    model, processor = tiny_longvlm()
+    engine = LongVLMEngine(model, processor)
+    plain = user({"type": "video", "video": VIDEO}, text("What?"))
+    (answer,) = engine.generate([plain], max_new_tokens=4, return_details=True, chat_template=template)
+    text_of_prompt = processor.apply_chat_template(plain, template)
+    expected = processor(text_of_prompt, VIDEO, return_tensors="pt")
+    assert answer.prompt_tokens == expected["input_ids"].shape[1]
+    ids = model.generate(**expected, max_new_tokens=4)[0, answer.prompt_tokens :].tolist()
+    assert answer.token_ids == ids
 
 
 @pytest.mark.parametrize("wrong", ["hello", 3, {"content": "a"}, SimpleNamespace(content="a"), Message])

@@ -30,27 +30,34 @@ def is_message(value) -> bool:
 
 
 def plain_part(part):
-    """A part of a message's content: objects as dicts, others as they are. What the part holds is not touched."""
+    """A part of a message's content: an object as a dict, others as they are. What the part holds is not touched."""
     fields = _fields(part, "type")
     if fields is None:
         return part
-    address = fields.get("video_url")
-    return fields if _fields(address, "url") is None else {**fields, "video_url": _fields(address, "url")}
+    address = _fields(fields.get("video_url"), "url")
+    return fields if address is None else {**fields, "video_url": address}
 
 
 def _fields(value, name: str) -> dict | None:
-    """The fields of a dict or an object that has a field `name`."""
+    """The fields of a dict or an object that has a field `name`; those of an object only as far as they are filled."""
     if isinstance(value, Mapping):
         return dict(value) if name in value else None
     if isinstance(value, type) or not hasattr(value, name):
         return None
     if dataclasses.is_dataclass(value):
-        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-    if callable(getattr(value, "model_dump", None)):
-        return dict(value)  # pydantic: model_dump() would copy the videos
-    if callable(getattr(value, "_asdict", None)):
-        return value._asdict()
-    return {key: field for key, field in vars(value).items() if key[:1] != "_"} if hasattr(value, "__dict__") else None
+        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    elif callable(getattr(value, "model_dump", None)):
+        fields = dict(value)  # pydantic: model_dump() would copy the videos
+    else:
+        public = {key: field for key, field in getattr(value, "__dict__", {}).items() if key[:1] != "_"}
+        fields = {**public, **{key: getattr(value, key) for key in (*_OF_MESSAGES, *_OF_PARTS) if hasattr(value, key)}}
+    fields = {key: field for key, field in fields.items() if field is not None}
+    return fields if name in fields else None
+
+
+# Those that may also be slots or properties of other objects.
+_OF_MESSAGES = ("role", "content", "name", "tool_calls", "tool_call_id")
+_OF_PARTS = ("type", "text", "video", "path", "url", "video_url")
 
 
 def _plain(value):

@@ -216,6 +216,17 @@ class Part:
 NamedMessage = namedtuple("NamedMessage", "role content")
 
 
+class SlottedMessage:
+    __slots__ = ("content", "kind")
+
+    def __init__(self, role, content):
+        self.kind, self.content = role, content
+
+    @property
+    def role(self):
+        return self.kind
+
+
 def pydantic_message(role, content):
     pydantic = pytest.importorskip("pydantic")
     model = pydantic.create_model("ChatMessage", role=(str, ...), content=(object, ...), name=(str | None, None))
@@ -227,6 +238,7 @@ MAKERS = {
     "pydantic": pydantic_message,
     "attributes": lambda role, content: SimpleNamespace(role=role, content=content),
     "named tuple": NamedMessage,
+    "slots and properties": SlottedMessage,
 }
 
 
@@ -283,7 +295,9 @@ def test_the_engine_uses_templates_of_parts(template):
     assert answer.token_ids == ids
 
 
-@pytest.mark.parametrize("wrong", ["hello", 3, {"content": "a"}, SimpleNamespace(content="a"), Message])
+@pytest.mark.parametrize(
+    "wrong", ["hello", 3, {"content": "a"}, SimpleNamespace(content="a"), Message, Message(None, "a")]
+)
 def test_what_has_no_role_is_no_message(processor, wrong):
     with pytest.raises(ValueError, match='messages must be dicts or objects with "role" and "content"') as caught:
         processor.apply_chat_template([wrong])

@@ -14,7 +14,7 @@ def plain_messages(conversation) -> list[dict]:
     messages = []
     for given in getattr(conversation, "messages", conversation):
         message = _fields(given, "role")
-        if message is None:
+        if message is None or message["role"] is None:
             raise ValueError(f'messages must be dicts or objects with "role" and "content", not {given!r:.80}')
         plain = {key: _plain(value) for key, value in message.items() if key != "content" and value is not None}
         content = message.get("content")

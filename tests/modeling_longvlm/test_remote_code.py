@@ -23,6 +23,8 @@ from tests.helpers.video_files import write_video
 QUESTION = "What happens?"
 CODE = {
     "animated_pictures.py",
+    "chat_messages.py",
+    "chat_template_form.py",
     "chat_templates_longvlm.py",
     "configuration_longvlm.py",
     "engine_longvlm.py",

@@ -177,6 +177,39 @@ def test_other_encoders_are_set_up_as_in_their_own_files(settings, shape):
     torch.testing.assert_close(ours, theirs["pixel_values"][0], atol=1e-6, rtol=0)
 
 
+SAVED = {
+    "CLIP's": {"size": {"shortest_edge": 40}, "crop_size": {"height": 36, "width": 36}},
+    "ours": LongVLMVideoProcessor(size={"height": 36, "width": 36}).to_dict(),
+}
+
+
+@pytest.mark.parametrize("saved", SAVED)
+@pytest.mark.parametrize(
+    ("given", "size", "shortest_edge"),
+    [
+        ({"size": 42, "crop_size": 84}, (84, 84), 42),
+        ({"size": {"shortest_edge": 42}, "crop_size": {"height": 20, "width": 30}}, (20, 30), 42),
+        ({"size": 42, "crop_size": 42}, (42, 42), None),
+        ({"size": {"height": 42, "width": 50}}, (42, 50), None),
+    ],
+)
+def test_sizes_given_to_from_dict_replace_the_saved_ones(saved, given, size, shortest_edge):
+    processor = LongVLMVideoProcessor.from_dict(SAVED[saved], **given)
+    assert (processor.size.height, processor.size.width) == size
+    if "crop_size" in given:
+        assert processor.shortest_edge == shortest_edge
+        frame = np.random.default_rng(0).integers(0, 256, (50, 80, 3), dtype=np.uint8)
+        clip = CLIPImageProcessor(**given)(frame, return_tensors="pt", input_data_format="channels_last")
+        ours = processor([Image.fromarray(frame)])["pixel_values_videos"][0]
+        torch.testing.assert_close(ours, clip["pixel_values"], atol=1e-6, rtol=0)
+
+
+def test_a_crop_size_alone_replaces_the_saved_output_size():
+    for saved, edge in (("CLIP's", 40), ("ours", None)):
+        processor = LongVLMVideoProcessor.from_dict(SAVED[saved], crop_size=20)
+        assert (processor.size.height, processor.shortest_edge) == (20, edge)
+
+
 def test_any_output_size_covers_or_squashes():
     video, size = stack(5), {"height": 56, "width": 112}
     assert LongVLMVideoProcessor(size=size)(video)["pixel_values_videos"].shape[3:] == (56, 112)

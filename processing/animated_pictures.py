@@ -9,8 +9,11 @@ from contextlib import contextmanager
 import numpy as np
 from PIL import Image
 
-from .video_sources import VideoDecodeError, VideoSource, picture_to_rgb
+from .container_formats import read_head
+from .pictures import picture_to_rgb, reduced_to_rgb, reduction, reported
+from .video_sources import VideoSource
 
+FORMATS = ("GIF", "WEBP", "PNG")
 _MAGIC = (b"GIF87a", b"GIF89a", b"RIFF", b"\x89PNG")
 # What viewers use if the file gives no duration.
 _DEFAULT_SECONDS = 0.1
@@ -26,54 +29,46 @@ class AnimatedPicture:
     def num_frames(self) -> int:
         return self.image.n_frames
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width."""
+        return self.image.height, self.image.width
+
     def timestamps(self) -> np.ndarray:
         """When each frame is shown, in seconds from the start, followed by the end of the last one."""
         seconds = [0.0]
         for number in range(self.num_frames):
-            self.rgb_at(number)  # WebP gives the duration of the frame it has read
+            with self._reported(number):
+                self.image.seek(number)
+                self.image.load()  # WebP gives the duration of the frame it has read
             milliseconds = self.image.info.get("duration") or 1000 * _DEFAULT_SECONDS
             seconds.append(seconds[-1] + float(milliseconds) / 1000)
         return np.array(seconds)
 
     def rgb_at(self, number: int) -> np.ndarray:
-        """RGB uint8 `(H, W, 3)`; alpha is dropped."""
-        self._seek(number)
-        try:
-            return picture_to_rgb(self.image)
-        except (OSError, SyntaxError, ValueError) as error:
-            raise VideoDecodeError(f"{self.source.name}: frame {number} cannot be read: {error}") from None
-
-    def _seek(self, number: int) -> None:
-        try:
+        """RGB uint8 `(H, W, 3)`; alpha is dropped. One of more than `pictures.MAX_PIXELS` is read smaller."""
+        with self._reported(number):
             self.image.seek(number)
-        except (EOFError, OSError, SyntaxError, ValueError) as error:
-            raise VideoDecodeError(f"{self.source.name}: frame {number} cannot be read: {error}") from None
+            return picture_to_rgb(self.image) if reduction(self.image) == 1 else reduced_to_rgb(self.image)
+
+    def _reported(self, number: int):
+        return reported(f"{self.source.name}: frame {number} cannot be read")
 
 
 @contextmanager
 def open_animation(source: VideoSource) -> Iterator[AnimatedPicture | None]:
     """The animation, or `None` if the source is anything else, such as a still picture."""
-    if source.is_directory or not _may_be_animated(source):
+    if source.is_directory or not read_head(source, 6).startswith(_MAGIC):
         yield None
         return
     try:
-        image = Image.open(source.open())
+        image = Image.open(source.open(), formats=FORMATS)
         animated = getattr(image, "is_animated", False)
-    except (OSError, SyntaxError, ValueError):
+    except Image.DecompressionBombError:
+        with reported(source.name):
+            raise
+    except Exception:
         yield None  # the next reader reports what is wrong
         return
     with image:
         yield AnimatedPicture(source, image) if animated else None
-
-
-def _may_be_animated(source: VideoSource) -> bool:
-    opened = source.open()
-    if isinstance(opened, str):
-        try:
-            with open(opened, "rb") as file:
-                head = file.read(6)
-        except OSError:
-            return False
-    else:
-        head = opened.read(6)
-    return head.startswith(_MAGIC)

@@ -11,6 +11,7 @@
 """
 
 import copy
+import io
 import os
 import threading
 import warnings
@@ -25,9 +26,10 @@ from transformers.utils import is_torchcodec_available, logging
 from transformers.video_utils import VideoMetadata
 
 from .animated_pictures import AnimatedPicture, open_animation
+from .pictures import list_frame_files, picture_size, read_picture
 from .video_index import FrameIndex, index_frames, open_container
 from .video_sources import VideoDecodeError as VideoDecodeError  # part of this module's interface
-from .video_sources import VideoDecodeWarning, VideoSource, list_frame_files, open_source, read_picture
+from .video_sources import VideoDecodeWarning, VideoSource, open_source
 
 try:
     import av
@@ -133,7 +135,7 @@ def iter_video(
         raise ValueError(f'video backend "{backend}" is not known; choose "auto", "pyav" or "torchcodec"')
     num_workers = num_workers or min(MAX_WORKERS, os.cpu_count() or 1)
     job = _Job(sample_indices_fn, transform, backend, num_workers, progress, frames_per_piece)
-    with open_source(video) as source, open_animation(source) as animation:
+    with open_source(video, progress=progress) as source, open_animation(source) as animation:
         if animation is not None:
             yield from _read_animation(animation, job)
         elif source.is_directory or source.is_picture:
@@ -212,7 +214,7 @@ def _picture_files(source: VideoSource) -> list[str]:
 
 
 def _describe_pictures(source: VideoSource, files: list[str]) -> FrameMetadata:
-    height, width = read_picture(files[0], None if source.is_directory else source.name).shape[:2]
+    height, width = picture_size(files[0], None if source.is_directory else source.name)
     return FrameMetadata(total_num_frames=len(files), width=width, height=height, video_backend="pillow")
 
 
@@ -230,7 +232,7 @@ def _read_pictures(source: VideoSource, job: _Job) -> Iterator[DecodedVideo]:
 
 def _describe_animation(animation: AnimatedPicture) -> FrameMetadata:
     times = animation.timestamps()
-    height, width = animation.rgb_at(0).shape[:2]
+    height, width = animation.size
     total, duration = animation.num_frames, float(times[-1])
     metadata = FrameMetadata(
         total_num_frames=total,
@@ -490,20 +492,26 @@ class _TorchcodecReader:
 
     def __init__(self, source: VideoSource, index: FrameIndex):
         self.index = index
+        opened = source.open()
+        # A file object instead of a path: FFmpeg then has nothing to find other files by (`container_formats`).
+        self.file = open(opened, "rb") if isinstance(opened, str) else opened
         try:
             from torchcodec.decoders import VideoDecoder
 
             # "approximate" would return other frames if the frame rate varies
             options = {"dimension_order": "NHWC", "num_ffmpeg_threads": 1, "seek_mode": "exact"}
-            self.decoder = VideoDecoder(source.open(), stream_index=index.stream, **options)
+            self.decoder = VideoDecoder(self.file, stream_index=index.stream, **options)
         except Exception as error:
+            self.__exit__()
             raise _TorchcodecFailed(error) from None
 
     def __enter__(self):
         return self
 
     def __exit__(self, *error):
-        pass
+        self.decoder = None
+        if isinstance(self.file, io.IOBase):
+            self.file.close()
 
     def rgb_at(self, position: int) -> np.ndarray:
         try:

@@ -12,6 +12,7 @@ from fractions import Fraction
 
 import numpy as np
 
+from .container_formats import check_decodable, open_alone
 from .video_sources import VideoDecodeError, VideoSource
 
 try:
@@ -63,17 +64,11 @@ class FrameIndex:
 
 def open_container(source: VideoSource):
     """Returns the container and its first real video stream. A cover picture in an audio file is not video."""
-    try:
-        container = av.open(source.open())
-    except (av.FFmpegError, OSError, ValueError):
-        # FFmpeg's message contains the path and an error number; the reason is nearly always this one.
-        raise VideoDecodeError(f"{source.name}: not a video file, or cut or damaged beyond reading") from None
-    if container.format.name == "tty":  # FFmpeg would show the text, as on a terminal
-        container.close()
-        raise VideoDecodeError(f"{source.name}: not a video file but text")
+    container = open_alone(source)
     for stream in container.streams.video:
         disposition = getattr(stream, "disposition", 0)  # a number or a flag, by PyAV's version
         if not getattr(disposition, "value", disposition) & ATTACHED_PICTURE:
+            check_decodable(source, container, stream)
             stream.thread_type = "NONE"  # frame threads would be refilled after each seek
             return container, stream
     kinds = sorted({stream.type for stream in container.streams})

@@ -21,8 +21,9 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, PILImage
 from transformers.processing_utils import VideosKwargs
 from transformers.video_processing_utils import BaseVideoProcessor
 
+from .pictures import picture_to_rgb, read_picture
 from .video_decoding import DecodedVideo, FrameMetadata, decode_video, iter_video
-from .video_sources import VideoSource, open_source, picture_to_rgb, read_picture
+from .video_sources import VideoSource, open_source
 
 PRESETS = {
     "clip": {"do_center_crop": True, "resample": PILImageResampling.BICUBIC},
@@ -282,15 +283,18 @@ class LongVLMVideoProcessor(BaseVideoProcessor):
             pixel_values = self._stack([piece], len(piece.frames), [options])[0]
             yield VideoPiece(pixel_values, piece.metadata.timestamps, piece.metadata.duration)
 
-    def open_video(self, video) -> VideoSource:
+    def open_video(self, video, **options) -> VideoSource:
         """
-        Opens a video that is not given as frames; one at a URL is downloaded. The result can be passed to
-        `iter_pieces` any number of times, until it is closed (it is a context manager).
+        Opens a video that is not given as frames; one at a URL is downloaded. The result can be used wherever a video
+        can, any number of times, until it is closed (it is a context manager).
 
+        Args:
+            video: as in `preprocess`.
+            options: limits of a download, what a name may lead to, progress; see `open_source`.
         Raises:
             VideoDecodeError: there is no such video.
         """
-        return open_source(video)
+        return open_source(video, **options)
 
     def fetch_videos(self, video_url_or_urls, sample_indices_fn=None):
         """Decode one video or a list of them: `(uint8 (T, 3, H, W), FrameMetadata)`, or a list of each."""

@@ -2,8 +2,8 @@
 
 Some of FFmpeg's formats are lists of other files or addresses (ffconcat, HLS, DASH, SDP, numbered pictures). FFmpeg
 recognises them by their content, whatever the name: a stranger's upload could read files that are not the stranger's.
-So only formats that read their own bytes are on, and of FFmpeg's protocols only the one for local files, or none if the
-bytes come through Python.
+So only formats that read their own bytes are on, and of FFmpeg's protocols only the one for local files, or none where
+the bytes come through Python.
 """
 
 import io

@@ -3,6 +3,7 @@
 FFmpeg takes GIFs without delays for a single frame, and every animated WebP or PNG for a still picture.
 """
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -26,33 +27,45 @@ class AnimatedPicture:
         self.source, self.image = source, image
 
     @property
-    def num_frames(self) -> int:
-        return self.image.n_frames
-
-    @property
     def size(self) -> tuple[int, int]:
         """Height and width."""
         return self.image.height, self.image.width
 
-    def timestamps(self) -> np.ndarray:
-        """When each frame is shown, in seconds from the start, followed by the end of the last one."""
-        seconds = [0.0]
-        for number in range(self.num_frames):
-            with self._reported(number):
+    def timestamps(self) -> tuple[np.ndarray, str]:
+        """
+        Returns:
+            When each frame is shown, in seconds from the start, followed by the end of the last one; and, in words,
+            what is missing of a cut or damaged file, or an empty string.
+        """
+        seconds, shortfall = [0.0], ""
+        try:
+            for number in itertools.count():
                 self.image.seek(number)
                 self.image.load()  # WebP gives the duration of the frame it has read
-            milliseconds = self.image.info.get("duration") or 1000 * _DEFAULT_SECONDS
-            seconds.append(seconds[-1] + float(milliseconds) / 1000)
-        return np.array(seconds)
+                milliseconds = self.image.info.get("duration") or 1000 * _DEFAULT_SECONDS
+                seconds.append(seconds[-1] + float(milliseconds) / 1000)
+        except Exception as error:
+            if len(seconds) == 1:
+                with reported(self.source.name):
+                    raise
+            promised, left = self._promised(), len(seconds) - 1
+            if promised is not None and left < promised:
+                shortfall = f"{left} of {promised} frames are left"
+            elif not isinstance(error, EOFError):  # which is what Pillow raises after the last frame
+                shortfall = f"only the first {left} frames can be read"
+        return np.array(seconds), shortfall
+
+    def _promised(self) -> int | None:
+        try:
+            return self.image.n_frames
+        except Exception:  # GIFs are counted by reading them
+            return None
 
     def rgb_at(self, number: int) -> np.ndarray:
         """RGB uint8 `(H, W, 3)`; alpha is dropped. One of more than `pictures.MAX_PIXELS` is read smaller."""
-        with self._reported(number):
+        with reported(f"{self.source.name}: frame {number} cannot be read"):
             self.image.seek(number)
             return picture_to_rgb(self.image) if reduction(self.image) == 1 else reduced_to_rgb(self.image)
-
-    def _reported(self, number: int):
-        return reported(f"{self.source.name}: frame {number} cannot be read")
 
 
 @contextmanager

@@ -38,6 +38,8 @@ def picture_size(path: str, name: str | None = None) -> tuple[int, int]:
     """Height and width of an image file as it is shown, without decoding it."""
     with _open_picture(path, name or path) as image, reported(name or path):
         width, height = image.size
+        if image.format == "TIFF":  # some versions of Pillow have exchanged them on opening
+            width, height = image.tag_v2[256], image.tag_v2[257]
         return (width, height) if image.getexif().get(_ORIENTATION, 1) >= 5 else (height, width)
 
 

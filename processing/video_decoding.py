@@ -231,9 +231,12 @@ def _read_pictures(source: VideoSource, job: _Job) -> Iterator[DecodedVideo]:
 
 
 def _describe_animation(animation: AnimatedPicture) -> FrameMetadata:
-    times = animation.timestamps()
+    times, shortfall = animation.timestamps()
+    if shortfall:
+        message = f"{animation.source.name}: the animation is cut or damaged: {shortfall}"
+        warnings.warn(message, VideoDecodeWarning, stacklevel=2)
     height, width = animation.size
-    total, duration = animation.num_frames, float(times[-1])
+    total, duration = len(times) - 1, float(times[-1])
     metadata = FrameMetadata(
         total_num_frames=total,
         fps=total / duration,

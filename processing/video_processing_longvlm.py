@@ -21,7 +21,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, PILImage
 from transformers.processing_utils import VideosKwargs
 from transformers.video_processing_utils import BaseVideoProcessor
 
-from .pictures import picture_to_rgb, read_picture
+from .pictures import picture_size, picture_to_rgb, read_picture
 from .video_decoding import DecodedVideo, FrameMetadata, decode_video, iter_video
 from .video_sources import VideoSource, open_source
 
@@ -496,8 +496,8 @@ def _is_encoded(video) -> bool:
 def _as_frame_list(video, data_format=None) -> list:
     """The frames of a video that is given as frames."""
     if isinstance(video, (list, tuple)):
-        frames = [read_picture(frame) if isinstance(frame, str) else frame for frame in video]
-        if not frames or not all(_is_frame(frame) for frame in frames):
+        frames = list(video)  # paths are read when they are chosen
+        if not frames or not all(isinstance(frame, str) or _is_frame(frame) for frame in frames):
             raise ValueError("a video given as a list needs images or arrays of 2 or 3 axes, at least one")
         return frames
     if isinstance(video, Image.Image):
@@ -527,6 +527,8 @@ def _are_unit_floats(frames: list) -> bool:
 
 def _to_rgb(frame, data_format=None, scale: float | None = None) -> torch.Tensor:
     """A frame as `(3, H, W)`, uint8 or float32; alpha is dropped, grey repeated."""
+    if isinstance(frame, str):
+        return _channels_first(read_picture(frame))
     if isinstance(frame, Image.Image):
         return _channels_first(picture_to_rgb(frame))
     if isinstance(frame, np.ndarray) and frame.dtype == np.uint16:
@@ -578,7 +580,8 @@ def _describe_frames(frames: list, metadata: Mapping | None) -> tuple[FrameMetad
     The source's `frames_indices` are those of the given frames, or `None` if they are unknown.
     """
     known = {key: metadata[key] for key in METADATA_FIELDS if key in metadata} if metadata is not None else {}
-    height, width = _to_rgb(frames[0]).shape[1:]
+    first = frames[0]
+    height, width = picture_size(first) if isinstance(first, str) else _to_rgb(first).shape[1:]
     defaults = {"total_num_frames": len(frames), "height": height, "width": width}
     source = FrameMetadata(**defaults | {key: value for key, value in known.items() if value is not None})
     source.source_timestamps = getattr(metadata, "source_timestamps", None)

@@ -4,6 +4,7 @@ They are kept in a temporary file, since decoders seek and a long video does not
 so it is gone once the process is, whatever ends it. How much may arrive, and for how long, is limited.
 """
 
+import hashlib
 import io
 import ipaddress
 import os
@@ -13,6 +14,7 @@ import tempfile
 import threading
 import time
 from dataclasses import dataclass
+from functools import cached_property
 
 from .video_errors import VideoDecodeError, one_line, short
 
@@ -50,6 +52,10 @@ class Spool:
     def open(self) -> "SpoolReader":
         self._file.flush()
         return SpoolReader(self)
+
+    @cached_property
+    def digest(self) -> bytes:
+        return hashlib.file_digest(self.open(), "blake2b").digest()
 
     def close(self) -> None:
         self._file.close()

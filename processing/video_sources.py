@@ -59,14 +59,13 @@ class VideoSource:
 
     def digest(self) -> bytes:
         """Identifies the video by its content; not for a folder."""
-        return self._digest
-
-    @cached_property
-    def _digest(self) -> bytes:
         if self.data is not None:
             return hashlib.blake2b(self.data).digest()
+        if self.spool is not None:
+            return self.spool.digest
         if self.path is None:
-            return hashlib.file_digest(self.open(), "blake2b").digest()
+            self.file.seek(0)
+            return hashlib.file_digest(self.file, "blake2b").digest()
         with open(self.path, "rb") as file:
             return hashlib.file_digest(file, "blake2b").digest()
 

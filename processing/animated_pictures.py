@@ -10,7 +10,6 @@ from contextlib import contextmanager
 import numpy as np
 from PIL import Image
 
-from .container_formats import read_head
 from .pictures import picture_to_rgb, reduced_to_rgb, reduction, reported
 from .video_sources import VideoSource
 
@@ -71,7 +70,7 @@ class AnimatedPicture:
 @contextmanager
 def open_animation(source: VideoSource) -> Iterator[AnimatedPicture | None]:
     """The animation, or `None` if the source is anything else, such as a still picture."""
-    if source.is_directory or not read_head(source, 6).startswith(_MAGIC):
+    if source.is_directory or not source.head(6).startswith(_MAGIC):
         yield None
         return
     try:

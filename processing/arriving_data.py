@@ -1,4 +1,4 @@
-"""Videos that arrive bit by bit: from a web address, a pipe, or a file object that cannot seek.
+"""Videos that arrive bit by bit: from a pipe or a file object that cannot seek, and, in `downloads`, from the web.
 
 They are kept in a temporary file, since decoders seek and a long video does not fit in memory. That file has no name,
 so it is gone once the process is, whatever ends it. How much may arrive, and for how long, is limited.
@@ -6,22 +6,18 @@ so it is gone once the process is, whatever ends it. How much may arrive, and fo
 
 import hashlib
 import io
-import ipaddress
 import os
 import select
-import socket
 import tempfile
 import threading
 import time
 from dataclasses import dataclass
 from functools import cached_property
 
-from .video_errors import VideoDecodeError, one_line, short
+from .video_errors import VideoDecodeError, one_line
 
 MAX_BYTES_VARIABLE, MAX_SECONDS_VARIABLE = "LONGVLM_MAX_DOWNLOAD_BYTES", "LONGVLM_MAX_DOWNLOAD_SECONDS"
 MAX_BYTES, MAX_SECONDS = 8 << 30, 1800.0
-CONNECT_TIMEOUT, READ_TIMEOUT = 10.0, 60.0  # seconds
-MAX_REDIRECTS = 10
 BLOCK = 1 << 20
 REPORT_EVERY = 0.1  # seconds
 
@@ -132,7 +128,7 @@ def _above_zero(option: str, value, variable: str, default):
     return number
 
 
-class _Arrival(threading.Thread):
+class Arrival(threading.Thread):
     """Receives in a thread of its own: a server or a pipe that is silent must not keep the caller waiting.
 
     The thread writes to and, if it is not wanted any more, closes the spool; the caller only waits.
@@ -183,61 +179,7 @@ class _Arrival(threading.Thread):
             raise
 
 
-class _Download(_Arrival):
-    def __init__(self, url: str, *arguments):
-        super().__init__(*arguments)
-        self.url = url
-
-    def blocks(self):
-        try:
-            from huggingface_hub.utils import httpx  # the client that transformers itself uses
-        except ImportError:
-            import httpx  # type: ignore[no-redef]
-        timeout = httpx.Timeout(min(READ_TIMEOUT, self.limits.max_seconds), connect=CONNECT_TIMEOUT)
-        try:
-            with httpx.Client(timeout=timeout) as client:
-                response = self._follow(client, client.build_request("GET", self.url))
-                try:
-                    response.raise_for_status()
-                    length = response.headers.get("content-length", "")
-                    if length.isdecimal() and "content-encoding" not in response.headers:
-                        self.expected = int(length)
-                        self.limits.check_bytes(self.video, self.expected)
-                    yield from response.iter_bytes()
-                finally:
-                    response.close()
-        except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
-            status = getattr(getattr(error, "response", None), "status_code", None)
-            reason = f"the server answered {status}" if status else one_line(error)
-            raise VideoDecodeError(f"{self.video}: cannot be downloaded ({reason})") from None
-
-    def _follow(self, client, request):
-        """Redirects lead only to other web addresses, and never from a public machine into a private network."""
-        origin = request.url.host
-        for _ in range(MAX_REDIRECTS + 1):
-            response = client.send(request, stream=True)
-            if response.next_request is None:
-                return response
-            response.close()
-            request = response.next_request
-            target = short(str(request.url))
-            if request.url.scheme not in ("http", "https"):
-                raise VideoDecodeError(f"{self.video}: redirected to {target}; only http and https are followed")
-            if request.url.host != origin and _is_private(request.url.host) and not _is_private(origin):
-                raise VideoDecodeError(f"{self.video}: redirected to {target}, which is in a private network")
-        raise VideoDecodeError(f"{self.video}: cannot be downloaded (more than {MAX_REDIRECTS} redirects)")
-
-
-def _is_private(host: str) -> bool:
-    """Whether a machine is this one, or in its own network."""
-    try:
-        addresses = {found[4][0] for found in socket.getaddrinfo(host, None)}
-    except (OSError, UnicodeError):
-        return False  # a proxy may know it
-    return any(not ipaddress.ip_address(str(address).split("%")[0]).is_global for address in addresses)
-
-
-class _Reading(_Arrival):
+class _Reading(Arrival):
     """Of a binary file object that cannot seek."""
 
     def __init__(self, file, *arguments):
@@ -261,7 +203,7 @@ class _Reading(_Arrival):
             yield block
 
 
-class _Pipe(_Arrival):
+class _Pipe(Arrival):
     def __init__(self, path: str, *arguments):
         super().__init__(*arguments)
         self.path = path
@@ -285,30 +227,23 @@ class _Pipe(_Arrival):
             os.close(pipe)
 
 
-def download(url: str, name: str, suffix: str, limits: Limits, progress=None) -> Spool:
-    """
-    Args:
-        url: of http or https.
-        name: what to call the video in messages.
-        suffix: of its name.
-        progress: called as `progress("download", done, total)`, in bytes; the total is 0 if the server does not say.
-    Raises:
-        VideoDecodeError: unreachable, redirected elsewhere than to the web, or past a limit. Nothing is left behind.
-    """
-    spool = Spool(suffix[:8])
-    _Download(url, name, spool, limits).wait(progress)
-    return spool
-
-
 def read_pipe(path: str, name: str, limits: Limits, progress=None) -> Spool:
-    """As `download`, from a named pipe (or one that the shell made)."""
+    """What comes out of a named pipe, or of one that the shell made.
+
+    Args:
+        path: of the pipe.
+        name: what to call the video in messages.
+        progress: called as `progress("download", done, 0)`, in bytes.
+    Raises:
+        VideoDecodeError: it cannot be read, or past a limit. Nothing is left behind.
+    """
     spool = Spool()
     _Pipe(path, name, spool, limits).wait(progress)
     return spool
 
 
 def read_file_object(file, name: str, limits: Limits, progress=None) -> Spool:
-    """As `download`, from a binary file object that cannot seek."""
+    """As `read_pipe`, from a binary file object that cannot seek."""
     spool = Spool()
     _Reading(file, name, spool, limits).wait(progress)
     return spool

@@ -6,8 +6,7 @@ So only formats that read their own bytes are on, and of FFmpeg's protocols only
 the bytes come through Python.
 """
 
-import io
-
+from .playlists import is_playlist
 from .video_errors import VideoDecodeError
 from .video_sources import VideoSource
 
@@ -75,24 +74,11 @@ def check_decodable(source: VideoSource, container, stream) -> None:
 
 
 def _what_it_is(source: VideoSource) -> str:
-    head = read_head(source, HEAD).removeprefix(b"\xef\xbb\xbf").lstrip()
+    head = source.head(HEAD).removeprefix(b"\xef\xbb\xbf").lstrip()
     for beginning, name in _LISTS:
         if head.startswith(beginning) or (beginning.startswith(b"<") and beginning in head):
-            return f"not a video file but {name}; what it names is not opened: give the video itself"
+            remedy = ', or `allow` "playlist"' if is_playlist(head) else ""
+            return f"not a video file but {name}; what it names is not opened: give the video itself{remedy}"
     if head and b"\0" not in head and head.isascii():
         return "not a video file but text"
     return "not a video file, or cut or damaged beyond reading"
-
-
-def read_head(source: VideoSource, size: int) -> bytes:
-    """The first bytes; none if they cannot be read."""
-    try:
-        opened = source.open()
-        file = open(opened, "rb") if isinstance(opened, str) else opened
-        try:
-            return file.read(size) or b""
-        finally:
-            if isinstance(file, io.IOBase):
-                file.close()
-    except (OSError, ValueError):
-        return b""

@@ -13,7 +13,9 @@ from functools import cached_property
 from urllib.parse import urlsplit
 from urllib.request import url2pathname, urlopen
 
-from .arriving_data import Limits, Spool, download, read_file_object, read_pipe
+from .arriving_data import BLOCK, Limits, Spool, read_file_object, read_pipe
+from .downloads import download
+from .playlists import is_playlist, read_playlist
 from .video_errors import VideoDecodeError as VideoDecodeError  # part of this module's interface
 from .video_errors import VideoDecodeWarning as VideoDecodeWarning
 from .video_errors import one_line, short
@@ -80,6 +82,19 @@ class VideoSource:
         self.file.seek(0)
         return _Borrowed(self.file)
 
+    def head(self, size: int) -> bytes:
+        """The first bytes; none if they cannot be read."""
+        try:
+            opened = self.open()
+            file = open(opened, "rb") if isinstance(opened, str) else opened
+            try:
+                return file.read(size) or b""
+            finally:
+                if isinstance(file, io.IOBase):
+                    file.close()
+        except (OSError, ValueError):
+            return b""
+
     def close(self) -> None:
         if self.spool is not None and self.owned:
             self.spool.close()
@@ -106,8 +121,9 @@ def open_source(
     Args:
         video: a path (`str`, `os.PathLike`) of a file, a pipe or a folder of images; a URL (http, https, file,
             data); the bytes of a file; a binary file object; or a `VideoSource`, which whoever opened it closes.
-        allow: what a string may lead to besides http, https and data URLs: `"file"`, local files. A video never leads
-            to further files.
+        allow: what a name may lead to besides http, https and data URLs. `"file"`: local files. `"playlist"`: the
+            pieces that an HLS playlist names, on the web if it is there itself, else in its own folder. Nothing else
+            that a video names is ever opened.
         max_download_bytes: limit of what arrives from a URL, a pipe or a file object that cannot seek. Default:
             the environment variable LONGVLM_MAX_DOWNLOAD_BYTES, or 8 GiB.
         max_download_seconds: limit of the time that it takes. Default: the environment variable
@@ -147,7 +163,8 @@ def _from_name(name, allow, limits: Limits, progress) -> VideoSource:
             return _from_data_url(name)
         if parts.scheme in ("http", "https"):
             shown, suffix = short(name), os.path.splitext(parts.path)[1]
-            return VideoSource(shown, spool=download(name, shown, suffix, limits, progress))
+            spool, address = download(name, shown, suffix, limits, progress)
+            return _as_allowed(VideoSource(shown, spool=spool), address, allow, limits, progress)
         if parts.scheme != "file":
             raise VideoDecodeError(
                 f'{short(name)}: URLs of scheme "{parts.scheme}" are not supported; use http, https or file'
@@ -158,7 +175,18 @@ def _from_name(name, allow, limits: Limits, progress) -> VideoSource:
     path = os.fsdecode(name)
     if "file" not in allow:
         raise VideoDecodeError(f"{short(path)}: local files are not allowed here")
-    return _from_path(path, limits, progress)
+    source = _from_path(path, limits, progress)
+    return _as_allowed(source, source.path, allow, limits, progress)
+
+
+def _as_allowed(source: VideoSource, address: str | None, allow, limits: Limits, progress) -> VideoSource:
+    """The source, or the video whose pieces it names."""
+    if "playlist" not in allow or address is None or source.is_directory or not is_playlist(source.head(64)):
+        return source
+    opened = source.open()
+    with source, open(opened, "rb") if isinstance(opened, str) else opened as file:
+        content = iter(lambda: file.read(BLOCK), b"")
+        return VideoSource(source.name, spool=read_playlist(content, address, source.name, limits, progress))
 
 
 def _from_path(path: str, limits: Limits, progress) -> VideoSource:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, TextIO
+from urllib.parse import urlsplit
 
 import typer
 from tqdm import tqdm
@@ -68,7 +69,7 @@ Model = Annotated[
         help="Checkpoint folder or Hub id. Default: longvlm-tiny, which knows only Storyline's synthetic videos.",
     ),
 ]
-Video = Annotated[str, typer.Argument(metavar="VIDEO", help="A file, a URL, or a folder of images.")]
+Video = Annotated[str, typer.Argument(metavar="VIDEO", help="A file, a URL, a pipe, or a folder of images.")]
 ModelDtype = Annotated[Dtype, typer.Option(help="Dtype of the model; auto: as it was saved.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps... Default: the accelerator, if any.")]
 NumFrames = Annotated[int | None, typer.Option(min=1, help="Number of frames taken from the video.")]
@@ -139,11 +140,12 @@ def check_exists(video: str) -> None:
 
 @contextmanager
 def opened(engine, video: str, max_bytes: int | None, max_seconds: float | None, *, quiet: bool = False):
-    """The video, downloaded once however often it is read."""
+    """The video, downloaded once however often it is read. One that is a playlist by name is put together."""
     bars = Progress(disable=quiet)
     options = {"max_download_bytes": max_bytes, "max_download_seconds": max_seconds, "progress": bars}
+    allow = {"file", "playlist"} if urlsplit(video).path.lower().endswith((".m3u8", ".m3u")) else {"file"}
     try:
-        source = engine.processor.video_processor.open_video(video, **options)
+        source = engine.processor.video_processor.open_video(video, allow=allow, **options)
     finally:
         bars.close()
     with source:

@@ -52,7 +52,8 @@ def open_alone(source: VideoSource):
         "protocol_whitelist": "file" if isinstance(opened, str) else "",
     }
     try:
-        return av.open(opened, options=options, metadata_errors="replace")
+        # Not `options=`: before PyAV 18 it crashes the process where streams are found late (FLV, MPEG).
+        return av.open(opened, container_options=options, metadata_errors="replace")
     except (av.FFmpegError, OSError, ValueError):
         # FFmpeg's message contains the path and an error number; the reason is nearly always one of these.
         raise VideoDecodeError(f"{source.name}: {_what_it_is(source)}") from None

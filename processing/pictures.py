@@ -77,6 +77,7 @@ def reduced_to_rgb(image: Image.Image) -> np.ndarray:
     """`picture_to_rgb` for any size: each pixel of the result is the mean of `reduction(image)` squared."""
     factor = reduction(image)
     image.draft("RGB", (image.width // factor or 1, image.height // factor or 1))  # a JPEG is decoded smaller
+    image.load()  # which turns a TIFF upright
     factor = reduction(image)
     if factor == 1:
         return picture_to_rgb(image)

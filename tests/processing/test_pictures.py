@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from longvlm.processing import pictures
+from longvlm.processing import pictures, video_processing_longvlm
 from longvlm.processing.video_decoding import VideoDecodeError, VideoDecodeWarning, decode_video, probe_video
 from longvlm.processing.video_processing_longvlm import LongVLMVideoProcessor
 from tests.helpers.memory import peak_below
@@ -178,3 +178,23 @@ def test_a_cut_animation_gives_the_frames_that_are_left(suffix):
     assert 3 <= len(decoded.frames) <= 5
     for frame, expected in zip(decoded.frames, decode_video(content).frames, strict=False):
         np.testing.assert_array_equal(frame, expected)
+
+
+@pytest.mark.skipif(not hasattr(video_processing_longvlm, "MAX_COVERING"), reason="frames are scaled whole here")
+@pytest.mark.parametrize("shape", [(60_000, 2), (2, 60_000), (40_000, 30)])
+def test_a_picture_of_extreme_shape_takes_no_more_memory_than_its_crop(tmp_path, shape):
+    """60,000 x 2 pixels that cover 224 x 224 would be 4.5 GB."""
+    frames = tmp_path / "frames"
+    frames.mkdir()
+    shades = [Image.new("RGB", shape, (20 * number, 90, 10)) for number in range(5)]
+    for number, image in enumerate(shades):
+        image.save(frames / f"{number}.png")
+    animation = tmp_path / "animation.gif"
+    shades[0].save(animation, save_all=True, append_images=shades[1:])
+    processor = LongVLMVideoProcessor(num_frames=5, short_video="once", do_normalize=False)
+    processor(frames / "0.png", num_frames=1)  # what is loaded once
+    for video in (frames, animation, animation.read_bytes(), frames / "1.png", shades):
+        with peak_below(100):
+            pixels = processor(video)["pixel_values_videos"][0]
+        assert pixels.shape[1:] == (3, 224, 224)
+        np.testing.assert_allclose(pixels[:, 1], 90 / 255, atol=0.02)

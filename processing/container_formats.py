@@ -59,19 +59,19 @@ def open_alone(source: VideoSource):
         raise VideoDecodeError(f"{source.name}: {_what_it_is(source)}") from None
 
 
-def check_decodable(source: VideoSource, container, stream) -> None:
-    """Closes the container and raises a `VideoDecodeError` if there is no decoder, or a frame is too large."""
-    context, reason = stream.codec_context, None
+def check_decodable(source: VideoSource, stream) -> None:
+    """
+    Raises:
+        VideoDecodeError: there is no decoder, or a frame is too large.
+    """
+    context = stream.codec_context
     if context is None:
-        reason = "the video is compressed in a way that FFmpeg cannot decode here"
-    elif context.width * context.height > MAX_PIXELS:
-        reason = (
-            f"its frames of {context.width} x {context.height} pixels exceed the limit of {MAX_PIXELS:,} pixels; "
-            "scale the video down"
+        raise VideoDecodeError(f"{source.name}: FFmpeg has no decoder for its video stream, or cannot tell its codec")
+    if context.width * context.height > MAX_PIXELS:
+        raise VideoDecodeError(
+            f"{source.name}: its frames of {context.width} x {context.height} pixels exceed the limit of "
+            f"{MAX_PIXELS:,} pixels; scale the video down"
         )
-    if reason:
-        container.close()
-        raise VideoDecodeError(f"{source.name}: {reason}")
 
 
 def _what_it_is(source: VideoSource) -> str:

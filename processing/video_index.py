@@ -68,7 +68,11 @@ def open_container(source: VideoSource):
     for stream in container.streams.video:
         disposition = getattr(stream, "disposition", 0)  # a number or a flag, by PyAV's version
         if not getattr(disposition, "value", disposition) & ATTACHED_PICTURE:
-            check_decodable(source, container, stream)
+            try:
+                check_decodable(source, stream)
+            except VideoDecodeError:
+                container.close()
+                raise
             stream.thread_type = "NONE"  # frame threads would be refilled after each seek
             return container, stream
     kinds = sorted({stream.type for stream in container.streams})

@@ -88,7 +88,8 @@ class LongVLMEngine:
             video: anything the video processor takes (a path, URL, bytes, a folder of images, frames), or
                 features, which are returned unchanged.
             progress: called as `progress(stage, done, total)`, in frames, with the stages `"decode"` and `"encode"`;
-                not called if the features are in the cache or another thread is encoding the video.
+                not called if the features are in the cache or another thread is encoding the video. Before that, a URL
+                or a pipe has the stage `"download"`, in bytes; its total is 0 if it is unknown.
             video_options: of the video processor: `num_frames`, `fps`, `max_frames`, `short_video`...
 
         Returns:

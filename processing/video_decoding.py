@@ -95,7 +95,8 @@ def decode_video(video, sample_indices_fn=None, *, transform=None, backend=None,
             LONGVLM_VIDEO_BACKEND, or `"auto"`. Frame numbers and times come from PyAV's index for both; if torchcodec
             fails or returns another frame than the index says (MPEG-TS), PyAV decodes.
         num_workers: number of readers that work at the same time; default 2.
-        progress: called as `progress("decode", done, total)` after each frame, by one thread at a time.
+        progress: called as `progress("decode", done, total)` after each frame, by one thread at a time; for a URL or a
+            pipe, before that, as `progress("download", done, total)`, in bytes (see `open_source`).
     Returns:
         `DecodedVideo(frames, metadata)`. If a part of the video cannot be read, the readable frames are returned, a
         `VideoDecodeWarning` says how many are missing, and `metadata.frames_indices` names the frames that are there;

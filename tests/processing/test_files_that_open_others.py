@@ -5,12 +5,15 @@ import io
 import os
 import stat
 import struct
+import sys
+import types
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
 
+from longvlm.processing import video_decoding
 from longvlm.processing.video_decoding import VideoDecodeError, decode_video, probe_video
 from longvlm.processing.video_sources import open_source
 from tests.helpers.video_files import write_video
@@ -102,6 +105,26 @@ def write_picture(path):
         stream.width, stream.height, stream.pix_fmt = 64, 64, "bgr24" if codec == "targa" else "rgb24"
         container.mux(stream.encode(av.VideoFrame.from_ndarray(np.zeros((64, 64, 3), np.uint8), format="rgb24")))
         container.mux(stream.encode())
+
+
+def test_torchcodec_gets_bytes_and_no_name(tmp_path, monkeypatch):
+    """Its FFmpeg may be another one, with other formats. With a name it would find the files that a list names."""
+    given = []
+
+    class VideoDecoder:
+        def __init__(self, source, **options):
+            given.append(source.read(12))
+            raise RuntimeError("not here")
+
+    path = Path(write_video(tmp_path / "film.mp4", 5))
+    decoders = types.ModuleType("torchcodec.decoders")
+    decoders.VideoDecoder = VideoDecoder
+    monkeypatch.setitem(sys.modules, "torchcodec", types.ModuleType("torchcodec"))
+    monkeypatch.setitem(sys.modules, "torchcodec.decoders", decoders)
+    monkeypatch.setattr(video_decoding, "is_torchcodec_usable", lambda: True)
+    for video in (path, path.read_bytes()):
+        assert len(decode_video(video, backend="torchcodec", num_workers=1).frames) == 5
+    assert given == [path.read_bytes()[:12]] * 2
 
 
 def test_a_movie_whose_samples_are_in_another_file_reads_only_itself(tmp_path):

@@ -9,9 +9,14 @@ class VideoDecodeWarning(UserWarning):
     """Part of a video cannot be read; the message says how much."""
 
 
+def printable(name: str) -> str:
+    """Without what a terminal would act on, and without half characters that cannot be printed."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
+
+
 def short(name: str, limit: int = 200) -> str:
     """On one line, and not too long to read."""
-    name = " ".join(name.split())
+    name = printable(" ".join(name.split()))
     return name if len(name) <= limit else name[: limit - 3] + "..."
 
 

@@ -8,6 +8,7 @@ in one line.
 import hashlib
 import io
 import os
+import re
 import stat
 from functools import cached_property
 from urllib.parse import urlsplit
@@ -18,7 +19,7 @@ from .downloads import download
 from .playlists import is_playlist, read_playlist
 from .video_errors import VideoDecodeError as VideoDecodeError  # part of this module's interface
 from .video_errors import VideoDecodeWarning as VideoDecodeWarning
-from .video_errors import one_line, short
+from .video_errors import one_line, printable, short
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 
@@ -36,7 +37,8 @@ class VideoSource:
     """
 
     def __init__(self, name, *, path=None, data=None, file=None, spool: Spool | None = None, owned=True):
-        self.name, self.path, self.data, self.file, self.spool, self.owned = name, path, data, file, spool, owned
+        self.name = printable(name)
+        self.path, self.data, self.file, self.spool, self.owned = path, data, file, spool, owned
 
     @property
     def is_directory(self) -> bool:
@@ -162,7 +164,7 @@ def _from_name(name, allow, limits: Limits, progress) -> VideoSource:
         if parts.scheme == "data":
             return _from_data_url(name)
         if parts.scheme in ("http", "https"):
-            shown, suffix = short(name), os.path.splitext(parts.path)[1]
+            shown, suffix = short(re.sub("//[^/]*@", "//", name)), os.path.splitext(parts.path)[1]  # no passwords
             spool, address = download(name, shown, suffix, limits, progress)
             return _as_allowed(VideoSource(shown, spool=spool), address, allow, limits, progress)
         if parts.scheme != "file":
@@ -197,11 +199,11 @@ def _from_path(path: str, limits: Limits, progress) -> VideoSource:
         reason = "no such file or directory" if missing else (getattr(error, "strerror", None) or one_line(error))
         raise VideoDecodeError(f"{short(path)}: {reason}") from None
     if not os.access(path, os.R_OK):
-        raise VideoDecodeError(f"{path}: permission denied")
+        raise VideoDecodeError(f"{short(path)}: permission denied")
     if stat.S_ISFIFO(mode):
         return VideoSource(path, spool=read_pipe(path, path, limits, progress))
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-        raise VideoDecodeError(f"{path}: neither a file nor a folder nor a pipe, but a device or a socket")
+        raise VideoDecodeError(f"{short(path)}: neither a file nor a folder nor a pipe, but a device or a socket")
     # Absolute, so that FFmpeg does not take a colon in the name for a protocol.
     return VideoSource(path, path=os.path.abspath(path))
 

@@ -176,6 +176,17 @@ def test_a_file_url_that_names_another_machine_is_refused():
         open_source("file://elsewhere/etc/hostname")
 
 
+def test_a_password_in_an_address_is_used_but_not_told():
+    heads = []
+    with serve(
+        {"/film.mp4": lambda answer: (heads.append(answer.headers["Authorization"]), answer.send(b"no"))}
+    ) as server:
+        with pytest.raises(VideoDecodeError) as caught:
+            decode_video(server.url.replace("//", "//me:secret@") + "/film.mp4")
+    assert "secret" not in str(caught.value) and f"{server.url}/film.mp4: not a video file" in str(caught.value)
+    assert heads == ["Basic bWU6c2VjcmV0"]
+
+
 # --- progress, and its end ---
 
 

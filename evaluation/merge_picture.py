@@ -20,7 +20,7 @@ BACKGROUND, INK, LINE = (250, 250, 248), (40, 40, 40), (255, 255, 255)
 @torch.no_grad()
 def draw_merging(
     engine,
-    video: str,
+    video,
     out: Path,
     *,
     num_frames: int | None = None,
@@ -31,6 +31,7 @@ def draw_merging(
 
     Args:
         engine: a `LongVLMEngine`.
+        video: a path, a URL, or a video that was opened with `open_video`.
 
     Returns:
         The numbers of the video: `frames`, `segments`, `patches`, `local_tokens`, `global_tokens`.
@@ -61,7 +62,18 @@ def draw_merging(
         "local_tokens": int(assignment.max()) + 1,
         "global_tokens": config.num_global_tokens,
     }
-    picture = _draw(Path(video).name, numbers, pixels, merged, assignment, times, shown, k, frames, (rows, columns))
+    picture = _draw(
+        Path(getattr(video, "name", video)).name,
+        numbers,
+        pixels,
+        merged,
+        assignment,
+        times,
+        shown,
+        k,
+        frames,
+        (rows, columns),
+    )
     with atomic_write(out) as partial:
         picture.save(partial)
     return numbers

@@ -10,6 +10,7 @@ Note: a video is encoded before the prompt is built, since its features say how 
 """
 
 import copy
+import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -87,7 +88,8 @@ class LongVLMEngine:
             video: anything the video processor takes (a path, URL, bytes, a folder of images, frames), or
                 features, which are returned unchanged.
             progress: called as `progress(stage, done, total)`, in frames, with the stages `"decode"` and `"encode"`;
-                not called if the features are in the cache or another thread is encoding the video.
+                not called if the features are in the cache or another thread is encoding the video. Before that, a URL
+                or a pipe has the stage `"download"`, in bytes; its total is 0 if it is unknown.
             video_options: of the video processor: `num_frames`, `fps`, `max_frames`, `short_video`...
 
         Returns:
@@ -106,12 +108,12 @@ class LongVLMEngine:
                 raise ValueError(f"{', '.join(video_options)} cannot be applied to features: give the video itself")
             return self.model.base_model.as_video_features(video)
         settings = describe_options(video_options), self.processor.video_processor.to_json_string(), self._method()
-        if not _is_address(video):
+        if not _is_known_by_content(video):
             key = video_key(video, *settings)
             return self.cache.get_or_make(key, lambda: self._encode(video, video_options, progress), check)
         # Its content is the key: the same address may hold another video tomorrow.
-        with self.processor.video_processor.open_video(video) as source:
-            key = video_key(source.path if not source.temporary and source.path else source.digest(), *settings)
+        with self.processor.video_processor.open_video(video, progress=progress) as source:
+            key = video_key(source.path or source.digest(), *settings)
             return self.cache.get_or_make(key, lambda: self._encode(source, video_options, progress), check)
 
     def _encode(self, video, video_options: dict, progress: Progress | None):
@@ -523,8 +525,12 @@ def _stoppable(progress: Progress | None, should_stop: Callable[[], bool] | None
     return report
 
 
-def _is_address(video) -> bool:
-    return isinstance(video, str) and "://" in video[:16]
+def _is_known_by_content(video) -> bool:
+    """An address, a pipe, or a video that was opened before."""
+    if isinstance(video, (str, os.PathLike)):
+        path = os.fsdecode(video)
+        return "://" in path[:16] or (os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path))
+    return hasattr(video, "digest")
 
 
 def _are_features(video) -> bool:

@@ -5,6 +5,7 @@ from fractions import Fraction
 
 import numpy as np
 
+_TURNS = ((1, 0, 0, 1), (0, -1, 1, 0), (-1, 0, 0, -1), (0, 1, -1, 0))  # counter-clockwise, by quarters
 MAX_PIXEL_ASPECT = 10  # wider or narrower pixels are a mistake in the file: no format has them
 
 
@@ -43,13 +44,17 @@ def display_matrix(frame) -> tuple[int, int, int, int]:
     How the frame is turned: (a, b, c, d), where the pixel at (x, y) is shown at (a x + c y, b x + d y), with y
     downwards and up to a shift. Its four numbers are -1, 0 or 1; turns that are no multiple of 90 degrees are rounded.
     """
-    for side_data in frame.side_data:
-        if side_data.type.name == "DISPLAYMATRIX" and side_data.buffer_size >= 36:
-            a, b, _, c, d = struct.unpack("=5i", bytes(side_data)[:20])
-            if abs(a) + abs(d) >= abs(b) + abs(c):
-                return (-1 if a < 0 else 1, 0, 0, -1 if d < 0 else 1)
-            return (0, -1 if b < 0 else 1, -1 if c < 0 else 1, 0)
-    return 1, 0, 0, 1
+    try:
+        side_data = frame.side_data.get("DISPLAYMATRIX")
+        matrix = b"" if side_data is None else bytes(side_data)
+    except ValueError:  # PyAV lists side data only if it knows every kind; the angle it gives, mirrored or not
+        return _TURNS[round(getattr(frame, "rotation", 0) / 90) % 4]
+    if len(matrix) < 36:
+        return _TURNS[0]
+    a, b, _, c, d = struct.unpack("=5i", matrix[:20])
+    if abs(a) + abs(d) >= abs(b) + abs(c):
+        return (-1 if a < 0 else 1, 0, 0, -1 if d < 0 else 1)
+    return (0, -1 if b < 0 else 1, -1 if c < 0 else 1, 0)
 
 
 def _apply_matrix(rgb: np.ndarray, matrix: tuple[int, int, int, int]) -> np.ndarray:

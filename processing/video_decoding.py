@@ -27,6 +27,7 @@ from transformers.video_utils import VideoMetadata
 
 from .animated_pictures import AnimatedPicture, open_animation
 from .frame_display import display_size, pixel_aspect
+from .pictures import list_frame_files, picture_size, read_picture
 from .video_index import FrameIndex, index_frames, open_container
 from .video_reader import (
     IndexIsWrong,
@@ -37,7 +38,7 @@ from .video_reader import (
     torchcodec_shows_it_right,
 )
 from .video_sources import VideoDecodeError as VideoDecodeError  # part of this module's interface
-from .video_sources import VideoDecodeWarning, VideoSource, list_frame_files, open_source, read_picture
+from .video_sources import VideoDecodeWarning, VideoSource, open_source
 
 try:
     import av
@@ -111,7 +112,8 @@ def decode_video(
             LONGVLM_VIDEO_BACKEND, or `"auto"`. Frame numbers and times come from PyAV's index for both; if torchcodec
             fails or returns another frame than the index says (MPEG-TS), PyAV decodes.
         num_workers: number of readers that work at the same time; default 2.
-        progress: called as `progress("decode", done, total)` after each frame, by one thread at a time.
+        progress: called as `progress("decode", done, total)` after each frame, by one thread at a time; for a URL or a
+            pipe, before that, as `progress("download", done, total)`, in bytes (see `open_source`).
         video_stream: number of the video stream in its file. Default: the one that the file marks as default, or else
             the first; cover pictures and thumbnails are not video.
     Returns:
@@ -155,7 +157,7 @@ def iter_video(
         raise ValueError(f'video backend "{backend}" is not known; choose "auto", "pyav" or "torchcodec"')
     num_workers = num_workers or min(MAX_WORKERS, os.cpu_count() or 1)
     job = _Job(sample_indices_fn, transform, backend, num_workers, progress, frames_per_piece, video_stream)
-    with open_source(video) as source, open_animation(source) as animation:
+    with open_source(video, progress=progress) as source, open_animation(source) as animation:
         if animation is not None:
             yield from _read_animation(animation, job)
         elif source.is_directory or source.is_picture:
@@ -235,7 +237,7 @@ def _picture_files(source: VideoSource) -> list[str]:
 
 
 def _describe_pictures(source: VideoSource, files: list[str]) -> FrameMetadata:
-    height, width = read_picture(files[0], None if source.is_directory else source.name).shape[:2]
+    height, width = picture_size(files[0], None if source.is_directory else source.name)
     return FrameMetadata(total_num_frames=len(files), width=width, height=height, video_backend="pillow")
 
 
@@ -252,9 +254,12 @@ def _read_pictures(source: VideoSource, job: _Job) -> Iterator[DecodedVideo]:
 
 
 def _describe_animation(animation: AnimatedPicture) -> FrameMetadata:
-    times = animation.timestamps()
-    height, width = animation.rgb_at(0).shape[:2]
-    total, duration = animation.num_frames, float(times[-1])
+    times, shortfall = animation.timestamps()
+    if shortfall:
+        message = f"{animation.source.name}: the animation is cut or damaged: {shortfall}"
+        warnings.warn(message, VideoDecodeWarning, stacklevel=2)
+    height, width = animation.size
+    total, duration = len(times) - 1, float(times[-1])
     metadata = FrameMetadata(
         total_num_frames=total,
         fps=total / duration,

@@ -19,6 +19,7 @@ from functools import cached_property
 
 import numpy as np
 
+from .container_formats import check_decodable, open_alone
 from .field_pictures import PictureStarts
 from .video_sources import VideoDecodeError, VideoSource
 from .video_times import interpolate_missing, seconds_in_order
@@ -154,15 +155,10 @@ def open_container(source: VideoSource, video_stream: int | None = None):
     Returns:
         The container and the stream.
     """
+    container = open_alone(source)
     try:
-        container = av.open(source.open())
-    except (av.FFmpegError, OSError, ValueError):
-        # FFmpeg's message contains the path and an error number; the reason is nearly always this one.
-        raise VideoDecodeError(f"{source.name}: not a video file, or cut or damaged beyond reading") from None
-    try:
-        if container.format.name == "tty":  # FFmpeg would show the text, as on a terminal
-            raise VideoDecodeError(f"{source.name}: not a video file but text")
         stream = _choose_stream(source, container, video_stream)
+        check_decodable(source, stream)
     except BaseException:
         container.close()
         raise

@@ -22,8 +22,9 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, PILImage
 from transformers.processing_utils import VideosKwargs
 from transformers.video_processing_utils import BaseVideoProcessor
 
+from .pictures import picture_size, picture_to_rgb, read_picture
 from .video_decoding import DecodedVideo, FrameMetadata, decode_video, iter_video
-from .video_sources import VideoSource, open_source, picture_to_rgb, read_picture
+from .video_sources import VideoSource, open_source
 
 PRESETS = {
     "clip": {"do_center_crop": True, "resample": PILImageResampling.BICUBIC},
@@ -304,15 +305,18 @@ class LongVLMVideoProcessor(BaseVideoProcessor):
             pixel_values = self._stack([piece], len(piece.frames), [options])[0]
             yield VideoPiece(pixel_values, piece.metadata.timestamps, piece.metadata.duration)
 
-    def open_video(self, video) -> VideoSource:
+    def open_video(self, video, **options) -> VideoSource:
         """
-        Opens a video that is not given as frames; one at a URL is downloaded. The result can be passed to
-        `iter_pieces` any number of times, until it is closed (it is a context manager).
+        Opens a video that is not given as frames; one at a URL is downloaded. The result can be used wherever a video
+        can, any number of times, until it is closed (it is a context manager).
 
+        Args:
+            video: as in `preprocess`.
+            options: limits of a download, what a name may lead to, progress; see `open_source`.
         Raises:
             VideoDecodeError: there is no such video.
         """
-        return open_source(video)
+        return open_source(video, **options)
 
     def fetch_videos(self, video_url_or_urls, sample_indices_fn=None):
         """Decode one video or a list of them: `(uint8 (T, 3, H, W), FrameMetadata)`, or a list of each."""
@@ -520,8 +524,8 @@ def _is_encoded(video) -> bool:
 def _as_frame_list(video, data_format=None) -> list:
     """The frames of a video that is given as frames."""
     if isinstance(video, (list, tuple)):
-        frames = [read_picture(frame) if isinstance(frame, str) else frame for frame in video]
-        if not frames or not all(_is_frame(frame) for frame in frames):
+        frames = list(video)  # paths are read when they are chosen
+        if not frames or not all(isinstance(frame, str) or _is_frame(frame) for frame in frames):
             raise ValueError("a video given as a list needs images or arrays of 2 or 3 axes, at least one")
         return frames
     if isinstance(video, Image.Image):
@@ -551,6 +555,8 @@ def _are_unit_floats(frames: list) -> bool:
 
 def _to_rgb(frame, data_format=None, scale: float | None = None) -> torch.Tensor:
     """A frame as `(3, H, W)`, uint8 or float32; alpha is dropped, grey repeated."""
+    if isinstance(frame, str):
+        return _channels_first(read_picture(frame))
     if isinstance(frame, Image.Image):
         return _channels_first(picture_to_rgb(frame))
     if isinstance(frame, np.ndarray) and frame.dtype == np.uint16:
@@ -602,7 +608,8 @@ def _describe_frames(frames: list, metadata: Mapping | None) -> tuple[FrameMetad
     The source's `frames_indices` are those of the given frames, or `None` if they are unknown.
     """
     known = {key: metadata[key] for key in METADATA_FIELDS if key in metadata} if metadata is not None else {}
-    height, width = _to_rgb(frames[0]).shape[1:]
+    first = frames[0]
+    height, width = picture_size(first) if isinstance(first, str) else _to_rgb(first).shape[1:]
     defaults = {"total_num_frames": len(frames), "height": height, "width": width}
     source = FrameMetadata(**defaults | {key: value for key, value in known.items() if value is not None})
     source.source_timestamps = getattr(metadata, "source_timestamps", None)

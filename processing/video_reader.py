@@ -6,6 +6,7 @@ place in the file, at or before the one wanted. From there on, frames must come 
 not, the seek is taken back; if they do not even from the start of the file, the index is wrong (`IndexIsWrong`).
 """
 
+import io
 from collections.abc import Iterator
 from fractions import Fraction
 from typing import Any
@@ -235,20 +236,26 @@ class TorchcodecReader:
 
     def __init__(self, source: VideoSource, index: FrameIndex):
         self.index = index
+        opened = source.open()
+        # A file object instead of a path: FFmpeg then has nothing to find other files by (`container_formats`).
+        self.file = open(opened, "rb") if isinstance(opened, str) else opened
         try:
             from torchcodec.decoders import VideoDecoder
 
             # "approximate" would return other frames if the frame rate varies
             options = {"dimension_order": "NHWC", "num_ffmpeg_threads": 1, "seek_mode": "exact"}
-            self.decoder = VideoDecoder(source.open(), stream_index=index.stream, **options)
+            self.decoder = VideoDecoder(self.file, stream_index=index.stream, **options)
         except Exception as error:
+            self.__exit__()
             raise TorchcodecFailed(error) from None
 
     def __enter__(self):
         return self
 
     def __exit__(self, *error):
-        pass
+        self.decoder = None
+        if isinstance(self.file, io.IOBase):
+            self.file.close()
 
     def rgb_at(self, position: int) -> np.ndarray:
         try:

@@ -8,11 +8,14 @@ import typer
 
 from longvlm_cli.options import (
     Device,
+    MaxDownloadBytes,
+    MaxDownloadSeconds,
     Model,
     NumFrames,
     Video,
     check_exists,
     load_engine,
+    opened,
 )
 
 
@@ -23,6 +26,8 @@ def inspect_command(
     num_frames: NumFrames = None,
     segments: Annotated[int, typer.Option(min=1, help="Number of segments shown, evenly spaced.")] = 6,
     frames: Annotated[int, typer.Option(min=1, help="Number of frames shown per segment.")] = 5,
+    max_download_bytes: MaxDownloadBytes = None,
+    max_download_seconds: MaxDownloadSeconds = None,
     device: Device = None,
 ) -> None:
     """Draw how the patches of a video are merged into tokens."""
@@ -30,6 +35,7 @@ def inspect_command(
     from longvlm.evaluation.merge_picture import draw_merging
 
     engine = load_engine(model, device=device)
-    numbers = draw_merging(engine, video, out, num_frames=num_frames, segments=segments, frames=frames)
+    with opened(engine, video, max_download_bytes, max_download_seconds) as source:
+        numbers = draw_merging(engine, source, out, num_frames=num_frames, segments=segments, frames=frames)
     print(", ".join(f"{value:,} {name.replace('_', ' ')}" for name, value in numbers.items()), file=sys.stderr)
     print(out)

@@ -6,9 +6,11 @@ Nothing here imports torch or transformers at the top: help must appear at once.
 import signal
 import sys
 import warnings
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, TextIO
+from urllib.parse import urlsplit
 
 import typer
 from tqdm import tqdm
@@ -67,12 +69,22 @@ Model = Annotated[
         help="Checkpoint folder or Hub id. Default: longvlm-tiny, which knows only Storyline's synthetic videos.",
     ),
 ]
-Video = Annotated[str, typer.Argument(metavar="VIDEO", help="A file, a URL, or a folder of images.")]
+Video = Annotated[str, typer.Argument(metavar="VIDEO", help="A file, a URL, a pipe, or a folder of images.")]
 ModelDtype = Annotated[Dtype, typer.Option(help="Dtype of the model; auto: as it was saved.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps... Default: the accelerator, if any.")]
 NumFrames = Annotated[int | None, typer.Option(min=1, help="Number of frames taken from the video.")]
 Fps = Annotated[float | None, typer.Option(help="Frames taken per second of video, instead of --num-frames.")]
 MaxFrames = Annotated[int | None, typer.Option(min=1, help="Maximum number of frames with --fps.")]
+MaxDownloadBytes = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="Limit of a download or a pipe, in bytes. Default: LONGVLM_MAX_DOWNLOAD_BYTES, or 8 GiB."
+    ),
+]
+MaxDownloadSeconds = Annotated[
+    float | None,
+    typer.Option(help="Limit of its time, in seconds. Default: LONGVLM_MAX_DOWNLOAD_SECONDS, or 1800."),
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the contents of --out.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress. Warnings are still shown.")]
 WeightsDtype = Annotated[Dtype, typer.Option(help="Dtype of the written weights; auto: each as in its source.")]
@@ -126,6 +138,20 @@ def check_exists(video: str) -> None:
         raise ValueError(f"{video}: no such file or directory")
 
 
+@contextmanager
+def opened(engine, video: str, max_bytes: int | None, max_seconds: float | None, *, quiet: bool = False):
+    """The video, downloaded once however often it is read. One that is a playlist by name is put together."""
+    bars = Progress(disable=quiet)
+    options = {"max_download_bytes": max_bytes, "max_download_seconds": max_seconds, "progress": bars}
+    allow = {"file", "playlist"} if urlsplit(video).path.lower().endswith((".m3u8", ".m3u")) else {"file"}
+    try:
+        source = engine.processor.video_processor.open_video(video, allow=allow, **options)
+    finally:
+        bars.close()
+    with source:
+        yield source
+
+
 def clean_up_when_terminated() -> None:
     """SIGTERM would end Python at once and leave a half-written folder behind."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
@@ -161,30 +187,33 @@ class Progress:
     Several bars stay on screen until `close()`: a long video is decoded and encoded alternately, piece by piece.
 
     Args:
-        unit (`str`): what is counted. `"B"`: bytes.
+        unit (`str`): what is counted. `"B"`: bytes, which downloads are always counted in.
         disable (`bool`): print nothing; `totals` is still counted.
     """
 
-    NAMES = {"decode": "decoding", "encode": "encoding"}  # noqa: RUF012
+    NAMES = {"decode": "decoding", "encode": "encoding", "download": "downloading"}  # noqa: RUF012
 
     def __init__(self, *, unit: str = "frame", disable: bool = False, err: TextIO | None = None):
         self.unit, self.disable, self.err = unit, disable, err if err is not None else sys.stderr
         self.totals: dict[str, int] = {}
         self._bars: dict[str, tqdm] = {}
+        self._said = ""
 
     def __call__(self, stage: str, done: int = 0, total: int = 0) -> None:
         if not total:
             self.close()
-            if not self.disable:
-                print(stage, file=self.err, flush=True)
+            if not self.disable and stage != self._said:
+                print(self.NAMES.get(stage, stage), file=self.err, flush=True)
+            self._said = stage  # a download of unknown length reports again and again
             return
         self.totals[stage] = total
+        unit = "B" if stage == "download" else self.unit
         if stage not in self._bars:
             self._bars[stage] = tqdm(
                 total=total,
                 desc=self.NAMES.get(stage, stage),
-                unit=self.unit,
-                unit_scale=self.unit == "B",
+                unit=unit,
+                unit_scale=unit == "B",
                 position=len(self._bars),
                 file=self.err,
                 disable=self.disable,

@@ -2,8 +2,10 @@
 
 import io
 import json
+import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from longvlm_cli import app as cli
 from tests.helpers import video_files
 from tests.helpers.tiny_models import save_tiny_llm, save_tiny_longvlm, tiny_longvlm
 from tests.helpers.video_files import write_video
+from tests.helpers.web_server import serve
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +73,40 @@ def test_json_is_one_object_a_line_and_the_video_is_encoded_once(longvlm, checkp
     assert first["video"] == video and isinstance(first["answer"], str) and first["seconds"] > 0
     assert first["frames"] == 8 and "frames" not in second
     assert err.count("decoding:   0%") == err.count("encoding:   0%") == 1
+
+
+def test_a_video_on_the_web_is_downloaded_once_with_progress_and_limits(longvlm, checkpoint, video, tmp_path):
+    content = Path(video).read_bytes()
+
+    def without_length(answer):
+        answer.head({})
+        answer.wfile.write(content)
+
+    with serve({"/film.mp4": lambda answer: answer.send(content), "/unknown": without_length}) as server:
+        url = server.url + "/film.mp4"
+        code, out, err = longvlm("ask", url, "Who?", "Where?", "--model", checkpoint, "--json", *SHORT)
+        assert code == 0 and json.loads(out.splitlines()[0])["video"] == url
+        assert server.asked == ["/film.mp4"] and "downloading: 100%" in err
+        code, out, err = longvlm("ask", server.url + "/unknown", "Who?", "--model", checkpoint, *SHORT)
+        assert code == 0 and err.count("downloading") <= 1
+        picture = tmp_path / "merged.png"
+        assert longvlm("inspect", url, "--model", checkpoint, "--out", picture)[0] == 0 and picture.exists()
+        for command in (("ask", url, "Who?", "--quiet"), ("inspect", url, "--out", picture)):
+            code, out, err = longvlm(*command, "--model", checkpoint, "--max-download-bytes", "100")
+            assert (code, out) == (2, "")
+            assert "bytes are more than the limit of 100; raise --max-download-bytes or" in err.splitlines()[-1]
+            code, out, err = longvlm(*command, "--model", checkpoint, "--max-download-seconds", "-1")
+            assert code == 2 and "--max-download-seconds -1.0: must be a number above 0" in err
+
+
+def test_a_pipe_is_read_once_for_all_questions(longvlm, checkpoint, video, tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=lambda: pipe.write_bytes(Path(video).read_bytes()))
+    writer.start()
+    code, out, err = longvlm("ask", pipe, "Who?", "Where?", "--model", checkpoint, "--quiet", *SHORT)
+    writer.join()
+    assert (code, out.count("\n"), err) == (0, 2, "")
 
 
 def test_dash_reads_questions_from_stdin(longvlm, checkpoint, video):

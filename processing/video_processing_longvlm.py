@@ -8,6 +8,7 @@ Frames are sampled as in the released code, at the middles of equal ranges of th
 """
 
 import copy
+import difflib
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -21,6 +22,8 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, PILImage
 from transformers.processing_utils import VideosKwargs
 from transformers.video_processing_utils import BaseVideoProcessor
 
+from .option_values import plain_video_options
+from .time_windows import frames_in_window, part_of_video
 from .video_decoding import DecodedVideo, FrameMetadata, decode_video, iter_video
 from .video_sources import VideoSource, open_source, picture_to_rgb, read_picture
 
@@ -42,6 +45,7 @@ IMAGE_OPTIONS = (
     "image_std",
 )
 SHORT_VIDEO = ("keep", "stretch", "once")
+SAMPLING = ("max_frames", "short_video", "video_start", "video_end")  # next to num_frames and fps
 MAX_UNSAMPLED_FRAMES = 10_000  # about 1.5 GB of 224 x 224 frames, four times that as floats
 METADATA_FIELDS = ("total_num_frames", "fps", "width", "height", "duration", "video_backend", "frames_indices")
 
@@ -51,6 +55,9 @@ class LongVLMVideosKwargs(VideosKwargs, total=False):  # type: ignore[call-arg]
 
     max_frames: int | None
     short_video: str | None
+    video_start: float | int | None
+    video_end: float | int | None
+    video_stream: int | None
     shortest_edge: int | None
     decoding_backend: str | None
 
@@ -91,6 +98,11 @@ class LongVLMVideoProcessor(BaseVideoProcessor):
             the released rule, which takes a middle frame twice and the last one never; `"stretch"`: those frames
             stretched to `num_frames` by nearest interpolation along time, as the original intended; `"once"`: every
             frame once.
+        video_start, video_end (`float`, *optional*):
+            Take frames from this part of the video only, as if it were the whole: those with `video_start` <= time <
+            `video_end`, in seconds from the first frame. Nothing else is decoded.
+        video_stream (`int`, *optional*):
+            Number of the video stream in its file, if the file has several; default: see `decode_video`.
         size (`dict`, defaults to `{"height": 224, "width": 224}`):
             Size of the output frames. Files written for CLIP or DINOv2 (`size={"shortest_edge": 256}` with
             `crop_size`) are understood: `size` becomes their `crop_size`, and `shortest_edge` 256.
@@ -121,12 +133,16 @@ class LongVLMVideoProcessor(BaseVideoProcessor):
     fps = None
     max_frames = None
     short_video = "keep"
+    video_start = None
+    video_end = None
+    video_stream = None
     shortest_edge = None
     decoding_backend = None
 
     def __init__(self, *, preset: str | None = None, **kwargs):
         if preset is not None and preset not in PRESETS:
             raise ValueError(f'preset "{preset}" is not known; choose one of {", ".join(PRESETS)}')
+        kwargs = plain_video_options(kwargs)
         super().__init__(**{**(PRESETS[preset] if preset else {}), **_size_as_output(kwargs)})
         self._check_short_video(self.short_video)
 
@@ -149,26 +165,33 @@ class LongVLMVideoProcessor(BaseVideoProcessor):
             metadata: `VideoMetadata` or dict with `total_num_frames`; sampling by `fps` also needs the video's own
                 frame rate in it.
             num_frames, fps: at most one of them; default: the processor's.
-            kwargs: `max_frames` and `short_video`; others are ignored.
+            kwargs: `max_frames`, `short_video`, `video_start` and `video_end`; others are ignored.
         Returns:
             Source indices, ascending, int64. For videos with fewer frames than asked for, see `short_video`.
         """
+        given = {name: kwargs[name] for name in SAMPLING if name in kwargs}
+        given = plain_video_options({"num_frames": num_frames, "fps": fps, **given})
+        num_frames, fps = given["num_frames"], given["fps"]
         if num_frames is not None and fps is not None:
             raise ValueError(f"num_frames={num_frames} and fps={fps} exclude each other; pass one of them")
         if num_frames is None and fps is None:
             fps = self.fps
         if isinstance(metadata, dict):
             metadata = FrameMetadata(**{name: value for name, value in metadata.items() if name in METADATA_FIELDS})
-        total = metadata.total_num_frames
-        if not total:
+        if not metadata.total_num_frames:
             raise ValueError("the video has no frames")
+        rule = {name: getattr(self, name) if given.get(name) is None else given[name] for name in SAMPLING}
+        window = frames_in_window(metadata, rule["video_start"], rule["video_end"])
+        part = part_of_video(metadata, window)
         if fps is not None:
-            max_frames = kwargs.get("max_frames")
-            return self._indices_by_time(metadata, fps, max_frames if max_frames is not None else self.max_frames)
-        count = int(self.num_frames if num_frames is None else num_frames)
-        if count < 1:
-            raise ValueError(f"num_frames={count}: must be at least 1")
-        short_video = self._check_short_video(kwargs.get("short_video") or self.short_video)
+            indices = self._indices_by_time(part, fps, rule["max_frames"])
+        else:
+            count = self.num_frames if num_frames is None else num_frames
+            indices = self._indices_by_count(len(window), count, rule["short_video"])
+        return indices + window.start
+
+    def _indices_by_count(self, total: int, count: int, short_video: str) -> np.ndarray:
+        self._check_short_video(short_video)
         if total < count and short_video == "once":
             return np.arange(total)
         indices = _middles(total, min(total, count))
@@ -180,10 +203,6 @@ class LongVLMVideoProcessor(BaseVideoProcessor):
 
     @staticmethod
     def _indices_by_time(metadata, fps: float, max_frames: int | None) -> np.ndarray:
-        if not 0 < fps < float("inf"):
-            raise ValueError(f"fps={fps}: must be a number above 0")
-        if max_frames is not None and max_frames < 1:
-            raise ValueError(f"max_frames={max_frames}: must be at least 1")
         total, times = metadata.total_num_frames, getattr(metadata, "source_timestamps", None)
         if times is None and not metadata.fps:
             raise ValueError(
@@ -218,7 +237,8 @@ class LongVLMVideoProcessor(BaseVideoProcessor):
             video_options: options of single videos, which replace those in `kwargs`: one dict (or `None`) per video.
             progress: called as `progress("decode", done, total)` with the frames read of the current video.
             video_metadata: for videos given as frames: the `fps` and `total_num_frames` of the source, and in
-                `frames_indices` the positions of the given frames in it. A dict or `VideoMetadata`, or a list of them.
+                `frames_indices` the positions of the given frames in it. For a folder of images: its `fps`. A dict or
+                `VideoMetadata`, or a list of them.
             kwargs: options of the processor; `num_frames` and `fps` exclude each other.
         Returns:
             `BatchFeature` with `pixel_values_videos` float32 `(videos, max_frames, 3, H, W)`, where shorter videos are
@@ -303,12 +323,23 @@ class LongVLMVideoProcessor(BaseVideoProcessor):
 
     def _options(self, kwargs: dict) -> dict:
         """Options of the call, else those of the processor."""
-        kwargs = _size_as_output(kwargs)
+        known = self.valid_kwargs.__annotations__
+        for name in kwargs:
+            if name not in known:
+                close = difflib.get_close_matches(name, known, 1)
+                hint = f"; did you mean {close[0]}?" if close else ""
+                raise ValueError(f"`{name}` is not an option of the video processor{hint}")
+        kwargs = _size_as_output(plain_video_options(kwargs))
         validate_typed_dict(self.valid_kwargs, kwargs)
-        options = {name: getattr(self, name, None) for name in self.valid_kwargs.__annotations__}
-        options |= kwargs
+        options = {name: getattr(self, name, None) for name in known}
+        options |= {name: value for name, value in kwargs.items() if value is not None or name not in SAMPLING}
         # Only those of the call: the processor's own `num_frames` does not conflict with the `fps` of a call.
         options["num_frames"], options["fps"] = kwargs.get("num_frames"), kwargs.get("fps")
+        by_time = options["fps"] is not None or (options["num_frames"] is None and self.fps is not None)
+        if kwargs.get("max_frames") is not None and options["do_sample_frames"] and not by_time:
+            raise ValueError(
+                f"`max_frames` {kwargs['max_frames']} needs `fps`; to choose the number of frames, give `num_frames`"
+            )
         return self._standardize_kwargs(**options)
 
     def _load(
@@ -316,28 +347,48 @@ class LongVLMVideoProcessor(BaseVideoProcessor):
     ) -> Iterator[DecodedVideo]:
         """Yields frames uint8 or float32 `(3, H, W)`, already resized; all in one piece by default."""
 
-        def choose(metadata):
+        window = {name: options[name] for name in ("video_start", "video_end")}
+
+        def choose(described):
             if not options["do_sample_frames"]:
-                return _all_frames(metadata, options["max_frames"] or MAX_UNSAMPLED_FRAMES)
-            names = ("num_frames", "fps", "max_frames", "short_video")
-            return self.sample_frames(metadata, **{name: options[name] for name in names})
+                return _all_frames(described, options["max_frames"] or MAX_UNSAMPLED_FRAMES, **window)
+            names = ("num_frames", "fps", *SAMPLING)
+            return self.sample_frames(described, **{name: options[name] for name in names})
+
+        def choose_from_source(metadata):
+            if not metadata.fps and given_fps:  # a folder of images has no times of its own
+                metadata.fps = given_fps
+            return choose(metadata)
 
         def resize(frame):
             return self._resize_frame(_channels_first(frame), options)
 
         if _is_encoded(video):
+            given_fps = metadata.get("fps") if metadata is not None else None
+            stream = {} if options["video_stream"] is None else {"video_stream": options["video_stream"]}
             yield from iter_video(
                 video,
-                choose,
+                choose_from_source,
                 frames_per_piece=frames_per_piece,
                 transform=resize,
                 backend=options["decoding_backend"],
                 progress=progress,
+                **stream,
             )
             return
+        if options["video_stream"] is not None:
+            raise ValueError(f"`video_stream` {options['video_stream']} is for files; this video is given as frames")
         frames = _as_frame_list(video, options["input_data_format"])
         described, source = _describe_frames(frames, metadata)
-        positions = choose(described) if options["do_sample_frames"] else range(len(frames))
+        if source.frames_indices is None and any(value is not None for value in window.values()):
+            raise ValueError(
+                f"{len(frames)} of {source.total_num_frames} frames are given, so their times are unknown; "
+                'pass their positions as "frames_indices" in video_metadata, or no `video_start` and `video_end`'
+            )
+        if options["do_sample_frames"]:
+            positions = choose(described)
+        else:
+            positions = frames_in_window(described, **window)
         if source.frames_indices is not None:
             source.frames_indices = [int(source.frames_indices[i]) for i in positions]
         scale = 255.0 if options["do_rescale"] and _are_unit_floats(frames) else None
@@ -401,14 +452,20 @@ class LongVLMVideoProcessor(BaseVideoProcessor):
         return pixels
 
 
-def _all_frames(metadata, limit: int = MAX_UNSAMPLED_FRAMES) -> np.ndarray:
-    """Every index; refuses videos whose frames would fill the memory."""
-    if metadata.total_num_frames > limit:
+def _all_frames(
+    metadata,
+    limit: int = MAX_UNSAMPLED_FRAMES,
+    video_start: float | None = None,
+    video_end: float | None = None,
+) -> np.ndarray:
+    """Every index, of a window or of the whole; refuses videos whose frames would fill the memory."""
+    window = frames_in_window(metadata, video_start, video_end)
+    if len(window) > limit:
         raise ValueError(
-            f"the video has {metadata.total_num_frames} frames, more than {limit}, and without sampling "
+            f"the video has {len(window)} frames, more than {limit}, and without sampling "
             "all of them are kept; pass num_frames or fps with do_sample_frames=True, or a larger max_frames"
         )
-    return np.arange(metadata.total_num_frames)
+    return np.array(window)
 
 
 def _middles(total: int, count: int) -> np.ndarray:
@@ -418,9 +475,11 @@ def _middles(total: int, count: int) -> np.ndarray:
 
 
 def _replace_options(kwargs: dict, own: dict) -> dict:
-    """`kwargs` overridden by `own`; a frame count also replaces a frame rate, and vice versa."""
-    if "num_frames" in own or "fps" in own:
-        kwargs = {name: value for name, value in kwargs.items() if name not in ("num_frames", "fps")}
+    """`kwargs` overridden by `own`; a frame count also replaces a frame rate with its maximum, and vice versa."""
+    if "num_frames" in own:
+        kwargs = {name: value for name, value in kwargs.items() if name not in ("fps", "max_frames")}
+    elif "fps" in own:
+        kwargs = {name: value for name, value in kwargs.items() if name != "num_frames"}
     return {**kwargs, **own}
 
 
@@ -582,9 +641,10 @@ def _describe_frames(frames: list, metadata: Mapping | None) -> tuple[FrameMetad
         source.frames_indices = range(len(frames))
     if source.frames_indices is not None and len(source.frames_indices) != len(frames):
         raise ValueError(f"frames_indices names {len(source.frames_indices)} frames, but {len(frames)} were given")
-    given = FrameMetadata(len(frames), fps=source.fps)
+    given = FrameMetadata(len(frames), fps=source.fps, duration=source.duration)
     if source.timestamps is not None:
         given.source_timestamps = np.array(source.timestamps)
+        given.start_time = 0.0 if source.source_timestamps is None else float(source.source_timestamps[0])
     return given, source
 
 

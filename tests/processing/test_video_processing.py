@@ -391,7 +391,8 @@ def test_a_preset_can_be_changed_when_loading(tmp_path):
 def test_the_saved_folder_loads_as_remote_code(tmp_path, video_file):
     LongVLMVideoProcessor(num_frames=3, **PLAIN).save_pretrained(tmp_path)
     code = {path.name for path in tmp_path.glob("*.py")}
-    travels = ("animated_pictures", "video_decoding", "video_index", "video_processing_longvlm", "video_sources")
+    travels = {"option_values", "time_windows"}
+    travels |= {"animated_pictures", "video_decoding", "video_index", "video_processing_longvlm", "video_sources"}
     assert code == {f"{name}.py" for name in travels}
     loaded = AutoVideoProcessor.from_pretrained(tmp_path, trust_remote_code=True)
     assert numbers(loaded(video_file)) == [25, 74, 124]
@@ -440,7 +441,7 @@ def test_a_video_may_be_left_after_a_piece(video_file):
 )
 def test_impossible_sampling_is_named(video_file, options):
     name, value = list(options.items())[-1]
-    with pytest.raises(ValueError, match=f"{name}={value}"):
+    with pytest.raises(ValueError, match=f"`{name}` is {value};"):
         LongVLMVideoProcessor()(video_file, **options)
 
 

@@ -88,7 +88,7 @@ class LongVLMEngine:
                 features, which are returned unchanged.
             progress: called as `progress(stage, done, total)`, in frames, with the stages `"decode"` and `"encode"`;
                 not called if the features are in the cache or another thread is encoding the video.
-            video_options: of the video processor: `num_frames`, `fps`, `max_frames`, `short_video`...
+            video_options: of the video processor: `num_frames`, `fps`, `max_frames`, `video_start`, `video_end`...
 
         Returns:
             [`LongVLMVideoFeatures`] of one video, which messages accept as `"video"`.

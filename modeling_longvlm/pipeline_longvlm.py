@@ -16,9 +16,13 @@ from .engine_longvlm import LongVLMEngine
 # The options of a call that go to the video processor; all others go to `generate()`.
 _VIDEO_OPTIONS = (
     "num_frames",
+    "nframes",
     "fps",
     "max_frames",
     "short_video",
+    "video_start",
+    "video_end",
+    "video_stream",
     "decoding_backend",
     "do_sample_frames",
     "video_metadata",
@@ -74,7 +78,8 @@ class VideoQuestionAnsweringPipeline(Pipeline):
             return_full_text (`bool`, *optional*): put the prompt before the answer.
             system (`str`, *optional*): system message that replaces the chat template's own.
             chat_template (`str`, *optional*): another chat template, or the name of a built-in one.
-            num_frames, fps, max_frames, short_video, decoding_backend: as in the video processor.
+            num_frames, fps, max_frames, short_video, video_start, video_end, video_stream, decoding_backend: as in the
+                video processor.
             progress (`Callable`, *optional*): called as `progress(stage, done, total)`, in frames, with the stages
                 `"decode"` and `"encode"`.
             kwargs: options of `generate()` such as `max_new_tokens` (default 256), `do_sample`, `streamer`.

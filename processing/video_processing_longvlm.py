@@ -22,9 +22,9 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, PILImage
 from transformers.processing_utils import VideosKwargs
 from transformers.video_processing_utils import BaseVideoProcessor
 
-from .option_values import plain_video_options
+from .option_values import plain_video_options, real_number
 from .time_windows import frames_in_window, part_of_video
-from .video_decoding import DecodedVideo, FrameMetadata, decode_video, iter_video
+from .video_decoding import DecodedVideo, FrameMetadata, decode_video, iter_video, probe_video
 from .video_sources import VideoSource, open_source, picture_to_rgb, read_picture
 
 PRESETS = {
@@ -173,7 +173,7 @@ class LongVLMVideoProcessor(BaseVideoProcessor):
         given = plain_video_options({"num_frames": num_frames, "fps": fps, **given})
         num_frames, fps = given["num_frames"], given["fps"]
         if num_frames is not None and fps is not None:
-            raise ValueError(f"num_frames={num_frames} and fps={fps} exclude each other; pass one of them")
+            raise ValueError(f"`num_frames` {num_frames} and `fps` {fps} exclude each other; give one of them")
         if num_frames is None and fps is None:
             fps = self.fps
         if isinstance(metadata, dict):
@@ -302,6 +302,34 @@ class LongVLMVideoProcessor(BaseVideoProcessor):
             pixel_values = self._stack([piece], len(piece.frames), [options])[0]
             yield VideoPiece(pixel_values, piece.metadata.timestamps, piece.metadata.duration)
 
+    def check_options(self, **kwargs) -> None:
+        """
+        Raises:
+            ValueError: options that no video can have, or that do not fit together.
+        """
+        kwargs.pop("video_metadata", None)
+        self._options(kwargs)
+
+    def count_frames(self, video, *, video_options: Mapping | None = None, **kwargs) -> int:
+        """
+        Number of frames that `preprocess` takes from a video, without decoding it. A damaged video may have fewer.
+
+        Args:
+            video: one video, as in `preprocess`.
+            video_options: options of this video, which replace those in `kwargs`.
+            kwargs: as in `preprocess`.
+        Raises:
+            VideoDecodeError: the video cannot be opened.
+            ValueError: options that do not fit.
+        """
+        kwargs = _replace_options(kwargs, dict(video_options or {}))
+        described = kwargs.pop("video_metadata", None)
+        options = self._options(kwargs)
+        if _is_encoded(video):
+            metadata = probe_video(video, **_stream_option(options))
+            return len(self._choose_from_source(metadata, described, options))
+        return len(self._choose_from_frames(video, described, options)[1])
+
     def open_video(self, video) -> VideoSource:
         """
         Opens a video that is not given as frames; one at a URL is downloaded. The result can be passed to
@@ -318,7 +346,10 @@ class LongVLMVideoProcessor(BaseVideoProcessor):
             videos = [self.fetch_videos(video, sample_indices_fn) for video in video_url_or_urls]
             return list(zip(*videos, strict=True))
         choose = sample_indices_fn or _all_frames
-        decoded = decode_video(video_url_or_urls, choose, transform=_channels_first, backend=self.decoding_backend)
+        stream = _stream_option({"video_stream": self.video_stream})
+        decoded = decode_video(
+            video_url_or_urls, choose, transform=_channels_first, backend=self.decoding_backend, **stream
+        )
         return torch.stack(decoded.frames), decoded.metadata
 
     def _options(self, kwargs: dict) -> dict:
@@ -335,6 +366,10 @@ class LongVLMVideoProcessor(BaseVideoProcessor):
         options |= {name: value for name, value in kwargs.items() if value is not None or name not in SAMPLING}
         # Only those of the call: the processor's own `num_frames` does not conflict with the `fps` of a call.
         options["num_frames"], options["fps"] = kwargs.get("num_frames"), kwargs.get("fps")
+        if options["num_frames"] is not None and options["fps"] is not None:
+            raise ValueError(
+                f"`num_frames` {options['num_frames']} and `fps` {options['fps']} exclude each other; give one of them"
+            )
         by_time = options["fps"] is not None or (options["num_frames"] is None and self.fps is not None)
         if kwargs.get("max_frames") is not None and options["do_sample_frames"] and not by_time:
             raise ValueError(
@@ -343,52 +378,21 @@ class LongVLMVideoProcessor(BaseVideoProcessor):
         return self._standardize_kwargs(**options)
 
     def _load(
-        self, video, metadata: Mapping | None, options: dict, progress, frames_per_piece: int | None = None
+        self, video, described: Mapping | None, options: dict, progress, frames_per_piece: int | None = None
     ) -> Iterator[DecodedVideo]:
         """Yields frames uint8 or float32 `(3, H, W)`, already resized; all in one piece by default."""
-
-        window = {name: options[name] for name in ("video_start", "video_end")}
-
-        def choose(described):
-            if not options["do_sample_frames"]:
-                return _all_frames(described, options["max_frames"] or MAX_UNSAMPLED_FRAMES, **window)
-            names = ("num_frames", "fps", *SAMPLING)
-            return self.sample_frames(described, **{name: options[name] for name in names})
-
-        def choose_from_source(metadata):
-            if not metadata.fps and given_fps:  # a folder of images has no times of its own
-                metadata.fps = given_fps
-            return choose(metadata)
-
-        def resize(frame):
-            return self._resize_frame(_channels_first(frame), options)
-
         if _is_encoded(video):
-            given_fps = metadata.get("fps") if metadata is not None else None
-            stream = {} if options["video_stream"] is None else {"video_stream": options["video_stream"]}
             yield from iter_video(
                 video,
-                choose_from_source,
+                lambda metadata: self._choose_from_source(metadata, described, options),
                 frames_per_piece=frames_per_piece,
-                transform=resize,
+                transform=lambda frame: self._resize_frame(_channels_first(frame), options),
                 backend=options["decoding_backend"],
                 progress=progress,
-                **stream,
+                **_stream_option(options),
             )
             return
-        if options["video_stream"] is not None:
-            raise ValueError(f"`video_stream` {options['video_stream']} is for files; this video is given as frames")
-        frames = _as_frame_list(video, options["input_data_format"])
-        described, source = _describe_frames(frames, metadata)
-        if source.frames_indices is None and any(value is not None for value in window.values()):
-            raise ValueError(
-                f"{len(frames)} of {source.total_num_frames} frames are given, so their times are unknown; "
-                'pass their positions as "frames_indices" in video_metadata, or no `video_start` and `video_end`'
-            )
-        if options["do_sample_frames"]:
-            positions = choose(described)
-        else:
-            positions = frames_in_window(described, **window)
+        frames, positions, source = self._choose_from_frames(video, described, options)
         if source.frames_indices is not None:
             source.frames_indices = [int(source.frames_indices[i]) for i in positions]
         scale = 255.0 if options["do_rescale"] and _are_unit_floats(frames) else None
@@ -398,10 +402,42 @@ class LongVLMVideoProcessor(BaseVideoProcessor):
             taken = positions[start : start + size]
             if source.frames_indices is not None:
                 piece.frames_indices = source.frames_indices[start : start + size]
-            resized = {i: resize(_to_rgb(frames[i], options["input_data_format"], scale)) for i in set(taken)}
+            resized = {
+                i: self._resize_frame(_to_rgb(frames[i], options["input_data_format"], scale), options)
+                for i in set(taken)
+            }
             if progress is not None:
                 progress("decode", start + len(taken), len(positions))
             yield DecodedVideo([resized[i] for i in taken], piece)
+
+    def _choose(self, metadata, options: dict) -> np.ndarray:
+        """The rule of the options applied to a whole video."""
+        if options["do_sample_frames"]:
+            return self.sample_frames(metadata, **{name: options[name] for name in ("num_frames", "fps", *SAMPLING)})
+        limit = options["max_frames"] or MAX_UNSAMPLED_FRAMES
+        return _all_frames(metadata, limit, options["video_start"], options["video_end"])
+
+    def _choose_from_source(self, metadata, described: Mapping | None, options: dict) -> np.ndarray:
+        """`described`: the caller's `video_metadata`. A folder of images has no frame rate of its own."""
+        if not metadata.fps and described is not None and described.get("fps"):
+            metadata.fps = real_number("fps", described["fps"], above=0)
+        return self._choose(metadata, options)
+
+    def _choose_from_frames(self, video, described: Mapping | None, options: dict):
+        """-> the given frames, the positions of those to take, and metadata of the source they come from."""
+        if options["video_stream"] is not None:
+            raise ValueError(f"`video_stream` {options['video_stream']} is for files; this video is given as frames")
+        frames = _as_frame_list(video, options["input_data_format"])
+        given, source = _describe_frames(frames, described)
+        window = options["video_start"], options["video_end"]
+        if source.frames_indices is None and window != (None, None):
+            raise ValueError(
+                f"{len(frames)} of {source.total_num_frames} frames are given, so their times are unknown; "
+                'pass their positions as "frames_indices" in video_metadata, or no `video_start` and `video_end`'
+            )
+        if options["do_sample_frames"]:
+            return frames, self._choose(given, options), source
+        return frames, frames_in_window(given, *window), source
 
     def _resize_frame(self, frame: torch.Tensor, options: dict) -> torch.Tensor:
         """`(3, h, w)` -> `(3, H, W)`."""
@@ -450,6 +486,11 @@ class LongVLMVideoProcessor(BaseVideoProcessor):
                     options["image_std"],
                 )
         return pixels
+
+
+def _stream_option(options: Mapping) -> dict[str, int]:
+    stream = options["video_stream"]
+    return {} if stream is None else {"video_stream": stream}
 
 
 def _all_frames(

@@ -21,14 +21,14 @@ from torch.utils.data import Dataset
 
 from longvlm.features.failures import read_failed
 from longvlm.features.store import FeatureReader
-from longvlm.features.videos import VIDEO_SUFFIXES
+from longvlm.features.videos import VIDEO_SUFFIXES, window_name
 from longvlm.files import atomic_write
-from longvlm.processing.video_decoding import probe_video
 from longvlm.training.chat_encoding import encode_chat
-from longvlm.training.formats import BadRow, as_messages, videos_in, without_videos
+from longvlm.training.formats import BadRow, as_messages, without_videos
 
 # The released code's data files name feature files where others name videos.
 FEATURE_SUFFIXES = (".pkl",)
+WINDOW = ("video_start", "video_end")
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,12 @@ def build_dataset(
         one if isinstance(one, FeatureReader) else FeatureReader(one, num_global_layers=processor.num_global_tokens)
         for one in features
     ]
-    finder = _Features(readers, processor) if readers else _Videos(video_folders, processor, video_options)
+    # Options that no video can have are an error now, not the fault of every row.
+    processor.video_processor.check_options(**(video_options or {}))
+    if readers:
+        finder: _Features | _Videos = _Features(readers, processor, video_options)
+    else:
+        finder = _Videos(video_folders, processor, video_options)
     report, chosen = DataReport(), []
     rng = random.Random(seed)
     for source, weight in zip(sources, weights, strict=True):
@@ -272,16 +277,12 @@ class _Videos:
             if not folder.is_dir():
                 raise ValueError(f"the video folder {folder} does not exist")
         self.processor = processor
-        self.options = {
-            k: v for k, v in dict(options or {}).items() if k in ("num_frames", "fps", "max_frames", "short_video")
-        }
-        # Options that no video can have are an error now, not the fault of every row.
-        self._sample({"total_num_frames": 1000, "fps": 25.0})
-        self._known: dict[str, tuple[str, int] | BadRow] = {}
+        self.options = dict(options or {})
+        self._known: dict[tuple[str, str], tuple[str, int] | BadRow] = {}
 
     def find(self, messages: list[dict]) -> tuple[list[dict], tuple, list[int]]:
         """-> the chat with the paths of the files, no names of features, and the tokens of each video."""
-        found = [self._find(video) for video in videos_in(messages)]
+        found = [self._find(part.video, part.options) for part in _video_parts(self.processor, messages)]
         videos = iter(video for video, _ in found)
         counts = [self.processor.num_video_tokens(frames) for _, frames in found]
         for message in messages:
@@ -291,17 +292,18 @@ class _Videos:
                         part["video"] = next(videos)
         return messages, (), counts
 
-    def _find(self, video: Any) -> tuple[Any, int]:
+    def _find(self, video: Any, options: Mapping[str, Any]) -> tuple[Any, int]:
         if not isinstance(video, (str, Path, int)):
-            return video, self._count(video)
+            return video, self._count(video, options)
         name = str(video)  # some data sets have numbers for names
-        if name not in self._known:
+        key = name, repr(sorted(options.items()))
+        if key not in self._known:
             try:
                 path = name if "://" in name[:16] or name.startswith("data:") else self._locate(name)
-                self._known[name] = path, self._count(path)
+                self._known[key] = path, self._count(path, options)
             except BadRow as error:
-                self._known[name] = error
-        known = self._known[name]
+                self._known[key] = error
+        known = self._known[key]
         if isinstance(known, BadRow):
             raise BadRow(known.kind, str(known))
         return known
@@ -316,45 +318,42 @@ class _Videos:
         where = " or ".join(map(str, self.folders)) or "the working directory"
         raise BadRow("missing video", f'the video "{name}" is not in {where}')
 
-    def _count(self, video: Any) -> int:
-        if not isinstance(video, (str, Path, bytes)) and not hasattr(video, "read"):
-            shape = getattr(video, "shape", None)
-            if shape is None and not isinstance(video, (list, tuple)):
-                raise BadRow(
-                    "broken video",
-                    f"a {type(video).__name__} is not a video; give a file, its bytes, an array or a list of frames",
-                )
-            metadata: Mapping = {"total_num_frames": shape[0] if shape is not None else len(video)}
-        else:
-            try:
-                metadata = probe_video(video)
-            except (ValueError, OSError) as error:
-                raise BadRow("broken video", " ".join(str(error).split())) from None
+    def _count(self, video: Any, options: Mapping[str, Any]) -> int:
         try:
-            return self._sample(metadata)
-        except ValueError as error:
-            raise BadRow("broken video", str(error)) from None
+            return self.processor.video_processor.count_frames(video, video_options=options, **self.options)
+        except (ValueError, OSError) as error:
+            raise BadRow("broken video", " ".join(str(error).split())) from None
 
-    def _sample(self, metadata: Mapping) -> int:
-        return len(self.processor.video_processor.sample_frames(metadata, **self.options))
+
+def _video_parts(processor, messages: list[dict]) -> list:
+    """The videos of a chat, each with its options."""
+    try:
+        return processor.take_videos(messages)[1]
+    except ValueError as error:
+        raise BadRow("unknown option", str(error)) from None
 
 
 class _Features:
     """Finds the features of a video that a row names."""
 
-    def __init__(self, readers: Sequence[FeatureReader], processor):
+    def __init__(self, readers: Sequence[FeatureReader], processor, options: Mapping[str, Any] | None):
         self.readers = readers
         self.processor = processor
+        self.window = {name: (options or {}).get(name) for name in WINDOW}
         self.failed = {name: reason for reader in readers for name, reason in read_failed(reader.folder).items()}
         self.folders = {Path(name).parent.as_posix() for reader in readers for name in reader}
 
     def find(self, messages: list[dict]) -> tuple[list[dict], tuple, list[int]]:
         """-> the chat with empty places for its videos, the names of their features, and the tokens of each."""
-        names = tuple(self._find(video) for video in videos_in(messages))
+        names = tuple(self._find(part.video, part.options) for part in _video_parts(self.processor, messages))
         counts = [self.processor.total_video_tokens(self.readers[i].num_local_tokens(name)) for i, name in names]
         return without_videos(messages), names, counts
 
-    def _find(self, video: Any) -> tuple[int, str]:
+    def _find(self, video: Any, options: Mapping[str, Any]) -> tuple[int, str]:
+        others = [option for option in options if option not in WINDOW]
+        if others:
+            raise BadRow("unknown option", f"{', '.join(others)} of a video cannot be applied to extracted features")
+        window = {**self.window, **options}
         if not isinstance(video, (str, Path, int)):
             raise BadRow("missing video", f"features are found by name, but the row has a {type(video).__name__}")
         name = Path(str(video))
@@ -362,15 +361,18 @@ class _Features:
         for start in range(len(name.parts)):
             rest = Path(*name.parts[start:])
             for below in (rest.as_posix(), (rest.with_suffix("") if rest.suffix else rest).as_posix()):
+                stored = window_name(below, **window)
                 for number, reader in enumerate(self.readers):
-                    if below in reader:
-                        return number, below
-                if below in self.failed:
-                    raise BadRow("missing video", f'the video "{name}" could not be extracted: {self.failed[below]}')
+                    if stored in reader:
+                        return number, stored
+                if stored in self.failed:
+                    raise BadRow("missing video", f'the video "{name}" could not be extracted: {self.failed[stored]}')
             if rest.parent.as_posix() in self.folders:
                 break  # else `more/v` would be taken for `v`
         folders = " or ".join(str(reader.folder) for reader in self.readers)
-        raise BadRow("missing video", f'there are no features of the video "{name}" in {folders}')
+        raise BadRow(
+            "missing video", f'there are no features of the video "{window_name(str(name), **window)}" in {folders}'
+        )
 
 
 __all__ = ["Chat", "DataReport", "DroppedRow", "VideoChatDataset", "build_dataset", "read_rows"]

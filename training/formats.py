@@ -19,6 +19,7 @@ ROLES = {
     "system": "system",
 }
 VIDEO_KEYS = ("video", "videos", "video_id", "video_name", "video_path")
+VIDEO_PART_KEYS = ("video", "path", "url")
 
 
 class BadRow(ValueError):
@@ -39,8 +40,9 @@ def as_messages(row: Any, number: int = 0) -> list[dict]:
             even and after it otherwise, as in the released code.
 
     Returns:
-        Messages. The content of a user's turn with videos is a list of parts, any other content a string. Assistant
-        turns before the first user turn are left out, as in the released code.
+        Messages. The content of a user's turn with videos is a list of parts, any other content a string. Video parts
+        keep their options (`"num_frames": 50`), which the processor checks. Assistant turns before the first user turn
+        are left out, as in the released code.
 
     Raises:
         BadRow: the row has no known form or no answer, or not as many videos as places for them.
@@ -70,11 +72,6 @@ def as_messages(row: Any, number: int = 0) -> list[dict]:
     if not any(message["role"] == "assistant" and message["content"].strip() for message in messages):
         raise BadRow("no answer", "the assistant says nothing")
     return messages
-
-
-def videos_in(messages: list[dict]) -> list[Any]:
-    """The videos of a chat in the order of their places; `None` for an empty place."""
-    return [part.get("video") for part in _video_parts(messages)]
 
 
 def without_videos(messages: list[dict]) -> list[dict]:
@@ -152,8 +149,10 @@ def _read_part(part: Any) -> dict:
     if kind == "text":
         return {"type": "text", "text": _text(part.get("text"), "text")}
     if kind == "video":
-        value = next((part[key] for key in ("video", "path", "url") if part.get(key) is not None), None)
-        return {"type": "video"} if value is None else {"type": "video", "video": value}
+        value = next((part[key] for key in VIDEO_PART_KEYS if part.get(key) is not None), None)
+        # Options of the video processor; tables have all keys in all rows, with None for those that a row lacks.
+        options = {k: v for k, v in part.items() if k not in ("type", *VIDEO_PART_KEYS) and v is not None}
+        return {"type": "video", **options} if value is None else {"type": "video", "video": value, **options}
     raise BadRow("unknown form", f'a part has the type {kind!r}; use "text" or "video"')
 
 
@@ -188,4 +187,4 @@ def _split_at_marks(text: str) -> str | list[dict]:
     return parts
 
 
-__all__ = ["BadRow", "as_messages", "videos_in", "without_videos"]
+__all__ = ["BadRow", "as_messages", "without_videos"]

@@ -222,7 +222,7 @@ def test_no_row_stops_the_others(videos, tmp_path):
     kinds = [row.kind for row in report.dropped]
     assert kinds == ["broken video", "broken video", "refused by the chat template"]
     assert "roles must alternate" in report.dropped[2].reason
-    with pytest.raises(ValueError, match="fps=-1"):  # the fault of the options, not of a row
+    with pytest.raises(ValueError, match="`fps` is -1"):  # the fault of the options, not of a row
         build_dataset(
             [rows], processor_for(byte_level_tokenizer()), video_folders=[videos], video_options={"fps": -1.0}
         )

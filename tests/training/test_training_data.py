@@ -228,6 +228,55 @@ def test_no_row_stops_the_others(videos, tmp_path):
         )
 
 
+def test_options_of_a_rows_videos_count(tmp_path):
+    write_video(tmp_path / "v.mp4", 50)  # 2 seconds
+
+    def row(**options):
+        content = [{"type": "video", "video": "v.mp4", **options}, {"type": "text", "text": "Who?"}]
+        return {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "A man."}]}
+
+    rows = [
+        row(),
+        row(num_frames=3, fps=None),
+        row(fps=10, video_start=1),
+        row(video_start=1, video_end=1.2),
+        row(video_start=9),
+        row(max_pixels=9),
+    ]
+    processor = processor_for(byte_level_tokenizer())
+    dataset, report = build_dataset([rows], processor, video_folders=[tmp_path])
+    assert [row.kind for row in report.dropped] == ["broken video", "unknown option"]
+    assert "`video_start` 9 is past the end" in report.dropped[0].reason and "max_pixels" in report.dropped[1].reason
+    batch = LongVLMDataCollator(processor)([dataset[i] for i in range(len(dataset))])
+    assert batch["num_frames"].tolist() == [8, 3, 10, 5]
+    assert batch["attention_mask"].sum(1).tolist() == dataset.lengths
+    window = {"video_start": 1.5, "num_frames": 4}
+    dataset, _ = build_dataset([rows[:3]], processor, video_folders=[tmp_path], video_options=window)
+    batch = LongVLMDataCollator(processor, video_options=window)([dataset[i] for i in range(3)])
+    assert batch["num_frames"].tolist() == [4, 3, 10]
+
+
+def test_features_of_a_window_are_found_by_its_times(tmp_path):
+    names = ("v", "v@0-30", "v@30-60.5", "v@60.5-")
+    with FeatureWriter(tmp_path, num_global_layers=2) as writer:
+        for length, name in enumerate(names, start=1):
+            writer.add(name, torch.zeros(length, 8), torch.zeros(2, 8))
+
+    def row(**options):
+        content = [{"type": "video", "video": "v.mp4", **options}, {"type": "text", "text": "Who?"}]
+        return {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "A man."}]}
+
+    windows = [{}, {"video_end": 30}, {"video_start": 30.0, "video_end": 60.5}, {"video_start": 60.5}]
+    rows = [row(**window) for window in windows] + [row(video_start=2), row(num_frames=3)]
+    processor = processor_for(byte_level_tokenizer())
+    dataset, report = build_dataset([rows], processor, features=[tmp_path])
+    assert [chat.features[0][1] for chat in dataset.chats] == list(names)
+    assert 'no features of the video "v.mp4@2-"' in report.dropped[0].reason
+    assert "num_frames of a video cannot be applied to extracted features" in report.dropped[1].reason
+    dataset, _ = build_dataset([rows[:1]], processor, features=[tmp_path], video_options={"video_end": 30})
+    assert dataset.chats[0].features[0][1] == "v@0-30"
+
+
 def test_features_of_another_video_of_that_name_are_not_taken(tmp_path):
     with FeatureWriter(tmp_path, num_global_layers=2) as writer:
         for name in ("v_0", "v_1", "more/v_2"):

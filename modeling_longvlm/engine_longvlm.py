@@ -105,11 +105,12 @@ class LongVLMEngine:
             if video_options:
                 raise ValueError(f"{', '.join(video_options)} cannot be applied to features: give the video itself")
             return self.model.base_model.as_video_features(video)
+        video = self.processor.video_processor.encoded_video(video)
         settings = describe_options(video_options), self.processor.video_processor.to_json_string(), self._method()
-        if not _is_address(video):
+        if not (_is_address(video) or hasattr(video, "digest")):
             key = video_key(video, *settings)
             return self.cache.get_or_make(key, lambda: self._encode(video, video_options, progress), check)
-        # Its content is the key: the same address may hold another video tomorrow.
+        # Its content is the key: the same address may hold another video tomorrow, and bytes may have any name.
         with self.processor.video_processor.open_video(video) as source:
             key = video_key(source.path if not source.temporary and source.path else source.digest(), *settings)
             return self.cache.get_or_make(key, lambda: self._encode(source, video_options, progress), check)

@@ -12,6 +12,7 @@ import torch
 from transformers import Pipeline
 
 from .engine_longvlm import LongVLMEngine
+from .pipeline_inputs_longvlm import arrange_inputs
 
 # The options of a call that go to the video processor; all others go to `generate()`.
 _VIDEO_OPTIONS = (
@@ -68,10 +69,11 @@ class VideoQuestionAnsweringPipeline(Pipeline):
     def __call__(self, inputs=None, *, video=None, question=None, **kwargs):
         """
         Args:
-            inputs (`dict` or list of `dict`, *optional*): `{"video": ..., "question": ...}`, a list of them or a
-                dataset.
-            video: instead of `inputs`: a path, URL, bytes, a folder of images or a list of frames; or a list of
-                videos, one for each question.
+            inputs (`dict` or list of `dict`, *optional*): `{"video": ..., "question": ...}`, a list of them, an
+                iterator, or a data set with these columns (of `datasets` or of torch). Together with `question`: the
+                videos, such as `KeyDataset(dataset, "video")`.
+            video: instead of `inputs`: a path, URL, bytes, a row of a Video column, a folder of images or a list of
+                frames; or several videos (a list, a column of a data set, an iterator), one for each question.
             question (`str` or `list[str]`): instead of `inputs`: one question, or several. With a single video, all
                 are about it.
             batch_size (`int`, *optional*): how many questions go through the LLM together.
@@ -85,16 +87,14 @@ class VideoQuestionAnsweringPipeline(Pipeline):
             kwargs: options of `generate()` such as `max_new_tokens` (default 256), `do_sample`, `streamer`.
 
         Returns:
-            `{"answer": str}`; for several inputs, a list. With `num_return_sequences` above 1, each answer is a list.
+            `{"answer": str}`; for a list of inputs, a list; for a data set or an iterator, an iterator. With
+            `num_return_sequences` above 1, each answer is a list.
 
         Raises:
             VideoDecodeError: a video cannot be read.
             ValueError: the inputs do not have this form.
         """
-        if inputs is None:
-            inputs = _pair_up(video, question)
-        elif video is not None or question is not None:
-            raise ValueError("give inputs, or video and question, not both")
+        inputs = arrange_inputs(inputs, video, question)
         if isinstance(inputs, list) and not inputs:
             return []
         return super().__call__(inputs, **kwargs)
@@ -143,31 +143,6 @@ class VideoQuestionAnsweringPipeline(Pipeline):
         """Writes the model, its processor and the code into a folder that `pipeline()` can load."""
         self.model.save_pretrained(save_directory, **kwargs)
         self.processor.save_pretrained(save_directory, **kwargs)
-
-
-def _pair_up(video, question) -> dict | list[dict]:
-    """One input, or as many as there are videos or questions."""
-    if isinstance(video, (list, tuple)) and not _are_frames(video):
-        videos = list(video)
-    else:
-        videos = list(video) if getattr(video, "ndim", 0) == 5 else None
-    questions = list(question) if isinstance(question, (list, tuple)) else None
-    if videos is None and questions is None:
-        return {"video": video, "question": question}
-    videos = [video] * len(questions) if videos is None else videos
-    questions = [question] * len(videos) if questions is None else questions
-    if len(videos) != len(questions):
-        raise ValueError(
-            f"{len(videos)} videos and {len(questions)} questions were given: give one question for each video, one "
-            "video, or one question"
-        )
-    return [{"video": one, "question": text} for one, text in zip(videos, questions, strict=True)]
-
-
-def _are_frames(videos) -> bool:
-    """Whether a list is the frames of ONE video: images, or arrays of at most three dimensions."""
-    first = videos[0] if len(videos) else None
-    return hasattr(first, "getbands") or (hasattr(first, "ndim") and first.ndim <= 3)
 
 
 def _describe(value) -> str:

@@ -9,7 +9,7 @@ Frames are sampled as in the released code, at the middles of equal ranges of th
 
 import copy
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,8 +24,9 @@ from transformers.video_processing_utils import BaseVideoProcessor
 
 from .option_values import plain_video_options, real_number
 from .time_windows import frames_in_window, part_of_video
+from .video_decoders import describe_decoder, is_video_decoder, iter_decoder
 from .video_decoding import DecodedVideo, FrameMetadata, decode_video, iter_video, probe_video
-from .video_sources import VideoSource, open_source, picture_to_rgb, read_picture
+from .video_sources import VideoSource, encoded_video, open_source, picture_to_rgb, read_picture
 
 PRESETS = {
     "clip": {"do_center_crop": True, "resample": PILImageResampling.BICUBIC},
@@ -231,9 +232,10 @@ class LongVLMVideoProcessor(BaseVideoProcessor):
         """
         Args:
             videos: one video or a (nested) list of them. A video is a path, a URL, bytes, a file object, a folder
-                of images, a list of frames (Pillow, NumPy, torch; any size; grey or RGBA, whose alpha is
-                dropped), or an array `(T, H, W, C)`, `(T, C, H, W)` or, grey, `(T, H, W)`. A 5D array is a batch.
-                Pixel values are 0 to 255; floats that are all within 0 to 1 count as already rescaled.
+                of images, a row of a `datasets` Video column (decoded or not), torchcodec's `VideoDecoder`, a list of
+                frames (Pillow, NumPy, torch; any size; grey or RGBA, whose alpha is dropped), or an array
+                `(T, H, W, C)`, `(T, C, H, W)` or, grey, `(T, H, W)`. A 5D array is a batch. Pixel values are 0 to 255;
+                floats that are all within 0 to 1 count as already rescaled.
             video_options: options of single videos, which replace those in `kwargs`: one dict (or `None`) per video.
             progress: called as `progress("decode", done, total)` with the frames read of the current video.
             video_metadata: for videos given as frames: the `fps` and `total_num_frames` of the source, and in
@@ -325,10 +327,17 @@ class LongVLMVideoProcessor(BaseVideoProcessor):
         kwargs = _replace_options(kwargs, dict(video_options or {}))
         described = kwargs.pop("video_metadata", None)
         options = self._options(kwargs)
+        video = encoded_video(video)
+        if is_video_decoder(video):
+            return len(self._choose_from_source(describe_decoder(video), described, options))
         if _is_encoded(video):
             metadata = probe_video(video, **_stream_option(options))
             return len(self._choose_from_source(metadata, described, options))
         return len(self._choose_from_frames(video, described, options)[1])
+
+    def encoded_video(self, video):
+        """The file of a row of a `datasets` Video column; any other video unchanged."""
+        return encoded_video(video)
 
     def open_video(self, video) -> VideoSource:
         """
@@ -381,6 +390,16 @@ class LongVLMVideoProcessor(BaseVideoProcessor):
         self, video, described: Mapping | None, options: dict, progress, frames_per_piece: int | None = None
     ) -> Iterator[DecodedVideo]:
         """Yields frames uint8 or float32 `(3, H, W)`, already resized; all in one piece by default."""
+        video = encoded_video(video)
+        if is_video_decoder(video):
+            yield from iter_decoder(
+                video,
+                lambda metadata: self._choose_from_source(metadata, described, options),
+                frames_per_piece=frames_per_piece,
+                transform=lambda frame: self._resize_frame(frame, options),
+                progress=progress,
+            )
+            return
         if _is_encoded(video):
             yield from iter_video(
                 video,
@@ -561,6 +580,8 @@ def flatten_videos(videos) -> list:
     """
     if _is_array(videos) and videos.ndim == 5:
         return list(videos)
+    if isinstance(videos, Sequence) and not isinstance(videos, (str, bytes, bytearray, memoryview)):
+        videos = list(videos)  # such as a column of a data set
     if not isinstance(videos, (list, tuple)):
         return [videos]
     if not videos:

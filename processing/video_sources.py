@@ -10,6 +10,7 @@ import io
 import os
 import re
 import tempfile
+from collections.abc import Mapping
 from functools import cached_property
 from urllib.parse import urlsplit
 from urllib.request import url2pathname, urlopen
@@ -104,13 +105,17 @@ def open_source(video) -> VideoSource:
 
     Args:
         video: a path (`str`, `os.PathLike`) of a file or a folder of images; a URL (http, https, file,
-            data); the bytes of a file; a binary file object; or a `VideoSource`, which whoever opened it closes.
+            data); the bytes of a file; a binary file object; a row of a `datasets` Video column; or a `VideoSource`,
+            which whoever opened it closes.
     Raises:
         VideoDecodeError: no such file, empty, unreachable, or not one of these types.
     """
     if isinstance(video, VideoSource):
         return VideoSource(video.name, path=video.path, data=video.data, file=video.file)
-    if isinstance(video, (bytes, bytearray, memoryview)):
+    video = encoded_video(video)
+    if isinstance(video, VideoSource):
+        source = video
+    elif isinstance(video, (bytes, bytearray, memoryview)):
         source = VideoSource(f"<{len(video)} bytes>", data=bytes(video))
     elif hasattr(video, "read"):
         source = _from_file_object(video)
@@ -126,6 +131,29 @@ def open_source(video) -> VideoSource:
         source.close()
         raise VideoDecodeError(f"{source.name}: the file is empty")
     return source
+
+
+def encoded_video(video):
+    """
+    The file of a row of a `datasets` Video column, which is `{"bytes", "path"}` or torchcodec's decoder for it.
+
+    Returns:
+        A path, or a `VideoSource` of the bytes; any other video unchanged, and a decoder without a file here.
+    """
+    row = video if isinstance(video, Mapping) else getattr(video, "_hf_encoded", None)
+    if not isinstance(row, Mapping) or not {"bytes", "path"} & row.keys():
+        return video
+    data, path = row.get("bytes"), row.get("path")
+    if data is not None:
+        source = VideoSource(_short(path) if path else f"<{len(data)} bytes>", data=bytes(data))
+        if not data:
+            raise VideoDecodeError(f"{source.name}: the file is empty")
+        return source
+    if row is not video and not (isinstance(path, str) and os.path.exists(path)):
+        return video
+    if path is None:
+        raise VideoDecodeError("a row of a Video column has neither bytes nor a path")
+    return path
 
 
 def _from_path(path) -> VideoSource:

@@ -23,8 +23,10 @@ from longvlm.features.failures import read_failed
 from longvlm.features.store import FeatureReader
 from longvlm.features.videos import VIDEO_SUFFIXES, window_name
 from longvlm.files import atomic_write
+from longvlm.modeling_longvlm.pipeline_inputs_longvlm import without_decoding
+from longvlm.processing.video_sources import VideoSource, encoded_video
 from longvlm.training.chat_encoding import encode_chat
-from longvlm.training.formats import BadRow, as_messages, without_videos
+from longvlm.training.formats import BadRow, as_messages, videos_in, without_videos
 
 # The released code's data files name feature files where others name videos.
 FEATURE_SUFFIXES = (".pkl",)
@@ -76,6 +78,24 @@ class Chat:
     length: int
 
 
+@dataclass(frozen=True)
+class VideoInRow:
+    """A video whose bytes stay in the table that its row comes from, until they are needed.
+
+    Attributes:
+        table: a `datasets.Dataset`.
+        row: number of the row.
+        place: which of the row's videos it is.
+    """
+
+    table: Any
+    row: int
+    place: int
+
+    def read(self) -> Any:
+        return videos_in(as_messages(self.table[self.row], self.row))[self.place]
+
+
 class VideoChatDataset(Dataset):
     """
     Chats for `LongVLMDataCollator`. Items have `messages` and `where`; with features also `video_features`, a list of
@@ -100,7 +120,7 @@ class VideoChatDataset(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         chat = self.chats[index]
-        item: dict[str, Any] = {"messages": chat.messages, "where": chat.where}
+        item: dict[str, Any] = {"messages": _with_videos(chat.messages), "where": chat.where}
         if chat.features:
             item["video_features"] = [self.readers[reader][name].as_video_features() for reader, name in chat.features]
         return item
@@ -161,7 +181,7 @@ def build_dataset(
     rng = random.Random(seed)
     for source, weight in zip(sources, weights, strict=True):
         chats = []
-        rows, total = _open_source(source)
+        rows, total, table = _open_source(source)
         for number, (where, row) in enumerate(rows):
             if progress is not None and number and total:
                 progress("check rows", number, total)
@@ -170,6 +190,8 @@ def build_dataset(
                     raise row
                 messages = as_messages(row, number)
                 messages, names, counts = finder.find(messages)
+                if table is not None:
+                    messages = _leave_in_rows(messages, table, number)
                 chat = encode_chat(
                     processor,
                     messages,
@@ -207,10 +229,12 @@ def read_rows(source: Any) -> Iterator[tuple[str, Any]]:
     yield from _open_source(source)[0]
 
 
-def _open_source(source: Any) -> tuple[Iterator[tuple[str, Any]], int]:
-    """-> rows as in `read_rows`, and how many there are; 0: not known."""
+def _open_source(source: Any) -> tuple[Iterator[tuple[str, Any]], int, Any]:
+    """-> rows as in `read_rows`; how many there are, 0: not known; the `datasets.Dataset`, if they are in one."""
     if not isinstance(source, (str, Path)):
-        return _named("rows", source), len(source) if isinstance(source, Sized) else 0
+        source = without_decoding(source)
+        total = len(source) if isinstance(source, Sized) else 0
+        return _named("rows", source), total, source if total and hasattr(source, "features") else None
     path = Path(source)
     suffix = path.suffix.lower()
     if suffix in (".json", ".jsonl", ".parquet") and not path.is_file():
@@ -218,7 +242,7 @@ def _open_source(source: Any) -> tuple[Iterator[tuple[str, Any]], int]:
     if suffix == ".jsonl":
         with open(path, "rb") as lines:
             total = sum(bool(line.strip()) for line in lines)
-        return _read_lines(path), total
+        return _read_lines(path), total, None
     if suffix == ".json":
         try:
             rows = json.loads(path.read_text(encoding="utf-8"))
@@ -226,9 +250,9 @@ def _open_source(source: Any) -> tuple[Iterator[tuple[str, Any]], int]:
             raise ValueError(f"{path} is not JSON: {error}; a file of one object per line must be .jsonl") from None
         if not isinstance(rows, list):
             raise ValueError(f"{path} must hold a list of rows, not {type(rows).__name__}")
-    else:
-        rows = _load_with_datasets(source, path)
-    return _named(path.name, rows), len(rows)
+        return _named(path.name, rows), len(rows), None
+    table = without_decoding(_load_with_datasets(source, path))
+    return _named(path.name, table), len(table), table
 
 
 def _named(name: str, rows: Iterable) -> Iterator[tuple[str, Any]]:
@@ -265,6 +289,39 @@ def _load_with_datasets(source: Any, path: Path) -> Any:
     return loaded
 
 
+# --- videos that are in the rows ---
+
+
+def _leave_in_rows(messages: list[dict], table: Any, row: int) -> list[dict]:
+    """The chat without the bytes of its videos: those of a whole data set would not fit in memory."""
+    places = iter(range(len(videos_in(messages))))
+
+    def leave(part: dict) -> dict:
+        place = next(places)
+        # A path stays, and so does the empty place of a video whose features are there.
+        is_here = not isinstance(part.get("video", ""), str)
+        return {**part, "video": VideoInRow(table, row, place)} if is_here else part
+
+    return _map_videos(messages, leave)
+
+
+def _with_videos(messages: list[dict]) -> list[dict]:
+    def read(part: dict) -> dict:
+        video = part.get("video")
+        return {**part, "video": video.read()} if isinstance(video, VideoInRow) else part
+
+    return _map_videos(messages, read)
+
+
+def _map_videos(messages: list[dict], change: Callable[[dict], dict]) -> list[dict]:
+    return [
+        message
+        if isinstance(message["content"], str)
+        else {**message, "content": [change(p) if p["type"] == "video" else p for p in message["content"]]}
+        for message in messages
+    ]
+
+
 # --- finding videos ---
 
 
@@ -293,6 +350,7 @@ class _Videos:
         return messages, (), counts
 
     def _find(self, video: Any, options: Mapping[str, Any]) -> tuple[Any, int]:
+        video = _file_of(video)
         if not isinstance(video, (str, Path, int)):
             return video, self._count(video, options)
         name = str(video)  # some data sets have numbers for names
@@ -325,6 +383,13 @@ class _Videos:
             raise BadRow("broken video", " ".join(str(error).split())) from None
 
 
+def _file_of(video: Any) -> Any:
+    try:
+        return encoded_video(video)
+    except ValueError as error:
+        raise BadRow("missing video", str(error)) from None
+
+
 def _video_parts(processor, messages: list[dict]) -> list:
     """The videos of a chat, each with its options."""
     try:
@@ -354,6 +419,9 @@ class _Features:
         if others:
             raise BadRow("unknown option", f"{', '.join(others)} of a video cannot be applied to extracted features")
         window = {**self.window, **options}
+        video = _file_of(video)
+        if isinstance(video, VideoSource):
+            video = video.name
         if not isinstance(video, (str, Path, int)):
             raise BadRow("missing video", f"features are found by name, but the row has a {type(video).__name__}")
         name = Path(str(video))

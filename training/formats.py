@@ -74,6 +74,11 @@ def as_messages(row: Any, number: int = 0) -> list[dict]:
     return messages
 
 
+def videos_in(messages: list[dict]) -> list[Any]:
+    """The videos of a chat in the order of their places; `None` for an empty place."""
+    return [part.get("video") for part in _video_parts(messages)]
+
+
 def without_videos(messages: list[dict]) -> list[dict]:
     """The chat with empty places, for a processor that gets pixels or features separately."""
     return [
@@ -187,4 +192,4 @@ def _split_at_marks(text: str) -> str | list[dict]:
     return parts
 
 
-__all__ = ["BadRow", "as_messages", "without_videos"]
+__all__ = ["BadRow", "as_messages", "videos_in", "without_videos"]

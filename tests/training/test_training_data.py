@@ -1,6 +1,7 @@
 """Training data: forms of rows, the report of what is dropped, labels equal to the released code's, batches."""
 
 import json
+import pickle
 
 import pytest
 import torch
@@ -254,6 +255,50 @@ def test_options_of_a_rows_videos_count(tmp_path):
     dataset, _ = build_dataset([rows[:3]], processor, video_folders=[tmp_path], video_options=window)
     batch = LongVLMDataCollator(processor, video_options=window)([dataset[i] for i in range(3)])
     assert batch["num_frames"].tolist() == [4, 3, 10]
+
+
+@pytest.mark.parametrize("kind", ["paths", "bytes", "decoded"])
+def test_videos_of_a_video_column(tmp_path, kind):
+    datasets = pytest.importorskip("datasets")
+    paths = [write_video(tmp_path / f"{i}.mp4", range(i * 30, i * 30 + 20 + 5 * i)) for i in range(3)]
+    rows = {"video": paths, "question": ["Who?"] * 3, "answer": ["A man."] * 3}
+    processor = processor_for(byte_level_tokenizer())
+    collator = LongVLMDataCollator(processor, video_options={"fps": 10})
+    expected, _ = build_dataset([datasets.Dataset.from_dict(rows)], processor, video_options={"fps": 10})
+    expected = collator([expected[i] for i in range(3)])
+    if kind == "bytes":
+        rows["video"] = [{"bytes": open(path, "rb").read(), "path": None} for path in paths[:2]]
+        rows["video"].append({"bytes": b"no video", "path": "broken.mp4"})
+    table = datasets.Dataset.from_dict(rows).cast_column("video", datasets.Video(decode=kind == "decoded"))
+    for source in (table, [table[i] for i in range(3)] if kind == "bytes" else table):
+        dataset, report = build_dataset([source], processor, video_options={"fps": 10})
+        assert len(dataset) == (2 if kind == "bytes" else 3)
+        for dropped in report.dropped:
+            assert dropped.kind == "broken video" and dropped.reason.startswith("broken.mp4: not a video file")
+        batch = collator([pickle.loads(pickle.dumps(dataset))[i] for i in range(len(dataset))])
+        assert batch["num_frames"].tolist() == [8, 10, 12][: len(dataset)]
+        frames = int(batch["num_frames"].max())
+        assert torch.equal(batch["pixel_values_videos"], expected["pixel_values_videos"][: len(dataset), :frames])
+    if kind == "bytes":  # which stay in the table until they are needed
+        dataset, _ = build_dataset([table], processor)
+        assert len(pickle.dumps(dataset.chats[0].messages, 5)) - len(pickle.dumps(table, 5)) < 1000
+    else:
+        collated = collator([{"video": {"bytes": None, "path": paths[0]}, "question": "Who?", "answer": "Me."}])
+        assert collated["num_frames"].tolist() == [8]
+
+
+def test_a_video_column_names_files_in_the_video_folders_and_features(tmp_path):
+    write_video(tmp_path / "v.mp4", 20)
+    rows = [{"video": {"bytes": None, "path": "v.mp4"}, "question": "Who?", "answer": "A man."}]
+    rows += [{"video": {"bytes": None, "path": None}, "question": "Who?", "answer": "A man."}]
+    processor = processor_for(byte_level_tokenizer())
+    dataset, report = build_dataset([rows], processor, video_folders=[tmp_path])
+    assert len(dataset) == 1 and "neither bytes nor a path" in report.dropped[0].reason
+    with FeatureWriter(tmp_path / "features", num_global_layers=2) as writer:
+        writer.add("v", torch.zeros(5, 8), torch.zeros(2, 8))
+    rows[1]["video"] = {"bytes": b"not opened", "path": "v.mp4"}
+    dataset, _ = build_dataset([rows], processor, features=[tmp_path / "features"])
+    assert [chat.features for chat in dataset.chats] == [((0, "v"),)] * 2 and "video_features" in dataset[1]
 
 
 def test_features_of_a_window_are_found_by_its_times(tmp_path):

@@ -79,8 +79,8 @@ def arrange_inputs(inputs=None, video=None, question=None):
 
 def without_decoding(data):
     """
-    A data set of `datasets`, a column of it or a `KeyDataset`, with files (`{"bytes", "path"}`) in its Video columns, not
-    decoders; anything else as it is.
+    A data set of `datasets`, a column of it or a `KeyDataset`, with files (`{"bytes", "path"}`) in its Video columns
+    instead of decoders; anything else as it is.
     """
     if hasattr(data, "source") and hasattr(data, "column_name"):  # dataset["video"]
         source = without_decoding(data.source)

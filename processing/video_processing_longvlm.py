@@ -22,6 +22,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, PILImage
 from transformers.processing_utils import VideosKwargs
 from transformers.video_processing_utils import BaseVideoProcessor
 
+from .crop_spans import middle_span
 from .option_values import plain_video_options, real_number
 from .time_windows import frames_in_window, part_of_video
 from .video_decoders import describe_decoder, is_video_decoder, iter_decoder
@@ -48,6 +49,7 @@ IMAGE_OPTIONS = (
 SHORT_VIDEO = ("keep", "stretch", "once")
 SAMPLING = ("max_frames", "short_video", "video_start", "video_end")  # next to num_frames and fps
 MAX_UNSAMPLED_FRAMES = 10_000  # about 1.5 GB of 224 x 224 frames, four times that as floats
+MAX_COVERING = 4  # times the output's area; larger frames are cropped before they are resized
 METADATA_FIELDS = ("total_num_frames", "fps", "width", "height", "duration", "video_backend", "frames_indices")
 
 
@@ -479,9 +481,24 @@ class LongVLMVideoProcessor(BaseVideoProcessor):
                 scale = size.width, width
             # In integers and rounded down, as CLIP's processor does.
             covering = [max(edge * scale[0] // scale[1], 1) for edge in (height, width)]
-            if covering != [height, width]:
+            if covering[0] * covering[1] > MAX_COVERING * size.height * size.width:
+                frame = self._resize_middle(frame, covering, size, resample)
+            elif covering != [height, width]:
                 frame = self.resize(frame, SizeDict(height=covering[0], width=covering[1]), resample)
-        return self.center_crop(frame, size)
+        # Contiguous: a view would keep the whole frame in memory.
+        return self.center_crop(frame, size).contiguous()
+
+    def _resize_middle(self, frame: torch.Tensor, covering: list[int], size: SizeDict, resample) -> torch.Tensor:
+        """For very long or tall frames: resizes only the middle, as if the whole had been resized to `covering`."""
+        spans = [
+            middle_span(edge, whole, crop)
+            for edge, whole, crop in zip(frame.shape[-2:], covering, (size.height, size.width), strict=True)
+        ]
+        rows, columns = (slice(span.start, span.stop) for span in spans)
+        resized = SizeDict(height=spans[0].length, width=spans[1].length)
+        frame = self.resize(frame[..., rows, columns].contiguous(), resized, resample)
+        top, left = (span.offset for span in spans)
+        return frame[..., top : top + min(size.height, covering[0]), left : left + min(size.width, covering[1])]
 
     def _stack(self, decoded: list[DecodedVideo], max_frames: int, options_used: list[dict]) -> torch.Tensor:
         """Rescale, normalise and pad, each video with its options: float32 `(videos, max_frames, 3, H, W)`."""

@@ -25,6 +25,7 @@ CODE = {
     "animated_pictures.py",
     "chat_templates_longvlm.py",
     "configuration_longvlm.py",
+    "crop_spans.py",
     "engine_longvlm.py",
     "feature_cache_longvlm.py",
     "modeling_longvlm.py",

@@ -12,6 +12,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from longvlm.files import atomic_write
+from longvlm.modeling_longvlm.plain_numbers import whole_number
 
 SIDE, GAP, MARGIN, HEADER = 160, 6, 96, 58
 BACKGROUND, INK, LINE = (250, 250, 248), (40, 40, 40), (255, 255, 255)
@@ -39,6 +40,7 @@ def draw_merging(
     Raises:
         VideoDecodeError, ValueError, OSError: one line about what the user can change.
     """
+    segments, frames = whole_number("segments", segments, 1), whole_number("frames", frames, 1)
     if out.suffix.lower() != ".png":
         raise ValueError(f"{out} is not a PNG file name; it must end in .png")
     processor, config = engine.processor.video_processor, engine.model.config

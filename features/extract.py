@@ -23,6 +23,7 @@ from longvlm.features.failures import FAILED, FailureLog, read_failed, write_fai
 from longvlm.features.fingerprint import feature_metadata
 from longvlm.features.store import SHARD, SHARDS, FeatureReader, FeatureWriter
 from longvlm.features.videos import find_videos, window_name
+from longvlm.modeling_longvlm.plain_numbers import whole_number
 
 PART, PARTS = ".part-{:05}", ".part-*"  # one folder per process
 
@@ -76,6 +77,7 @@ def extract_features(
     # On a machine without accelerators, processes find each other only when told to use the CPU.
     state, out = PartialState(cpu=model.device.type == "cpu"), Path(out)
     videos = sources if isinstance(sources, Mapping) else find_videos(sources)
+    shard_bytes = whole_number("shard_bytes", shard_bytes, 1)
     processor.video_processor.check_options(**(video_options or {}))
     window = [(video_options or {}).get(name) for name in ("video_start", "video_end")]
     videos = {window_name(name, *window): video for name, video in videos.items()}

@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
 from .feature_cache_longvlm import VideoFeatureCache, describe_options, video_key
+from .plain_numbers import plain_generation_options
 
 DEFAULT_MAX_NEW_TOKENS = 256
 
@@ -190,6 +191,7 @@ class LongVLMEngine:
         conversations, is_batch = _as_conversations(messages)
         if max_new_tokens is not None:
             generate_kwargs["max_new_tokens"] = max_new_tokens
+        generate_kwargs = plain_generation_options(generate_kwargs)
         try:
             prompt = self._prepare(conversations, progress, should_stop, chat_template, chat_template_kwargs)
         except _Stopped:
@@ -218,7 +220,8 @@ class LongVLMEngine:
         conversations, is_batch = _as_conversations(messages)
         if is_batch:
             raise ValueError(f"stream answers one conversation at a time, got {len(conversations)}: call it for each")
-        if options.get("num_beams", 1) > 1 or options.get("num_return_sequences", 1) > 1:
+        options = plain_generation_options(options)
+        if (options.get("num_beams") or 1) > 1 or (options.get("num_return_sequences") or 1) > 1:
             raise ValueError("stream gives one answer, without beams: leave out num_beams and num_return_sequences")
         return self._stream(conversations[0], options)
 

@@ -13,6 +13,7 @@ from transformers import Pipeline
 
 from .engine_longvlm import LongVLMEngine
 from .pipeline_inputs_longvlm import arrange_inputs
+from .plain_numbers import whole_number
 
 # The options of a call that go to the video processor; all others go to `generate()`.
 _VIDEO_OPTIONS = (
@@ -54,7 +55,7 @@ class VideoQuestionAnsweringPipeline(Pipeline):
     _pipeline_calls_generate = False
 
     def __init__(self, *args, video_cache_bytes: int = 256 << 20, **kwargs):
-        super().__init__(*args, **kwargs)
+        super().__init__(*args, **_plain_loading_options(kwargs))
         if self.processor is None:
             raise ValueError(
                 "a pipeline made from a model object also needs its processor: pipeline(..., processor=...)"
@@ -97,7 +98,7 @@ class VideoQuestionAnsweringPipeline(Pipeline):
         inputs = arrange_inputs(inputs, video, question)
         if isinstance(inputs, list) and not inputs:
             return []
-        return super().__call__(inputs, **kwargs)
+        return super().__call__(inputs, **_plain_loading_options(kwargs))
 
     def _sanitize_parameters(
         self, return_full_text=None, system=None, chat_template=None, progress=None, generate_kwargs=None, **kwargs
@@ -143,6 +144,13 @@ class VideoQuestionAnsweringPipeline(Pipeline):
         """Writes the model, its processor and the code into a folder that `pipeline()` can load."""
         self.model.save_pretrained(save_directory, **kwargs)
         self.processor.save_pretrained(save_directory, **kwargs)
+
+
+def _plain_loading_options(options: dict) -> dict:
+    """With the numbers that the base class gives to a `DataLoader` as plain ones."""
+    limits = {"batch_size": 1, "num_workers": 0}
+    given = {name: options[name] for name in limits if options.get(name) is not None}
+    return {**options, **{name: whole_number(name, value, limits[name]) for name, value in given.items()}}
 
 
 def _describe(value) -> str:

@@ -23,7 +23,7 @@ from transformers.processing_utils import VideosKwargs
 from transformers.video_processing_utils import BaseVideoProcessor
 
 from .crop_spans import middle_span
-from .option_values import plain_video_options, real_number
+from .option_values import plain_video_options, real_number, whole_number
 from .time_windows import frames_in_window, part_of_video
 from .video_decoders import describe_decoder, is_video_decoder, iter_decoder
 from .video_decoding import DecodedVideo, FrameMetadata, decode_video, iter_video, probe_video
@@ -296,8 +296,7 @@ class LongVLMVideoProcessor(BaseVideoProcessor):
         Raises:
             VideoDecodeError: the video cannot be read.
         """
-        if frames_per_piece < 1:
-            raise ValueError(f"frames_per_piece must be at least 1, got {frames_per_piece}")
+        frames_per_piece = whole_number("frames_per_piece", frames_per_piece, 1)
         metadata = kwargs.pop("video_metadata", None)
         options = self._options(kwargs)
         sources = flatten_videos([video])

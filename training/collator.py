@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from longvlm.modeling_longvlm.modeling_longvlm import LongVLMVideoFeatures
+from longvlm.modeling_longvlm.plain_numbers import whole_number
 from longvlm.training.chat_encoding import IGNORED, encode_chat, pad
 from longvlm.training.formats import BadRow, as_messages
 
@@ -47,6 +48,8 @@ class LongVLMDataCollator:
         self.max_length = max_length
         self.truncation = truncation
         self.chat_template = chat_template
+        if pad_to_multiple_of is not None:
+            pad_to_multiple_of = whole_number("pad_to_multiple_of", pad_to_multiple_of, 1)
         self.pad_to_multiple_of = pad_to_multiple_of
         self.video_options = dict(video_options or {})
 

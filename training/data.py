@@ -24,6 +24,7 @@ from longvlm.features.store import FeatureReader
 from longvlm.features.videos import VIDEO_SUFFIXES, window_name
 from longvlm.files import atomic_write
 from longvlm.modeling_longvlm.pipeline_inputs_longvlm import without_decoding
+from longvlm.modeling_longvlm.plain_numbers import real_number
 from longvlm.processing.video_sources import VideoSource, encoded_video
 from longvlm.training.chat_encoding import encode_chat
 from longvlm.training.formats import BadRow, as_messages, videos_in, without_videos
@@ -162,8 +163,8 @@ def build_dataset(
     Raises:
         ValueError: a source cannot be read at all, or no row is left.
     """
-    weights = [1.0] * len(sources) if weights is None else list(weights)
-    if len(weights) != len(sources) or any(weight < 0 for weight in weights):
+    weights = [1.0] * len(sources) if weights is None else [real_number("weights", weight, 0) for weight in weights]
+    if len(weights) != len(sources):
         raise ValueError(
             f"{len(weights)} weights for {len(sources)} sources ({weights}); give each one weight of at least 0"
         )

@@ -109,11 +109,16 @@ def _two_turns(question: str, answer: str) -> list[dict]:
 
 def _videos_of(row: Mapping) -> list[Any]:
     """Videos given next to the text of a row."""
-    value = next((row[key] for key in VIDEO_KEYS if row.get(key) not in (None, "", [])), None)
+    value = next((row[key] for key in VIDEO_KEYS if not _is_empty(row.get(key))), None)
     if value is None:
         return []
     # A list of pictures is one video only within a list of videos.
     return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _is_empty(value: Any) -> bool:
+    """Not `in (None, "", [])`: an array cannot be compared with them."""
+    return value is None or (isinstance(value, (str, list, tuple)) and not value)
 
 
 def _a_list(value: Any, name: str) -> list:

@@ -31,6 +31,7 @@ CODE = {
     "modeling_longvlm.py",
     "option_values.py",
     "pipeline_inputs_longvlm.py",
+    "plain_numbers.py",
     "pipeline_longvlm.py",
     "processing_longvlm.py",
     "remote_code.py",

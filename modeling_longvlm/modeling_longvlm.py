@@ -252,7 +252,7 @@ class LongVLMModel(LongVLMPreTrainedModel):
         else:
             several = isinstance(num_frames, (list, tuple))
             given = num_frames if several else torch.as_tensor(num_frames).flatten().tolist()
-            num_frames = [whole_number("num_frames", count, 1) for count in given]
+            num_frames = [whole_number("num_frames", count) for count in given]
         if len(num_frames) != videos or not all(1 <= n <= max_frames for n in num_frames):
             raise ValueError(
                 f"num_frames must be a number from 1 to {max_frames} for each of {videos} videos, got {num_frames}"

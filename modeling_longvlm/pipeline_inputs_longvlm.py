@@ -148,7 +148,7 @@ def _is_table(value) -> bool:
 def _are_inputs(inputs) -> bool:
     if isinstance(inputs, (list, tuple)):
         return any(_are_inputs(one) for one in inputs)
-    return _is_table(inputs) or (isinstance(inputs, Mapping) and not {"bytes", "path"} & inputs.keys())
+    return _is_table(inputs) or (isinstance(inputs, Mapping) and not {"bytes", "path"} <= inputs.keys())
 
 
 def _are_frames(videos) -> bool:

@@ -224,8 +224,8 @@ class LongVLMProcessor(ProcessorMixin):
             if num_video_tokens is not None:
                 raise ValueError("video_features and num_video_tokens exclude each other; pass one of them")
             num_video_tokens = self.count_video_tokens(video_features)
-        if isinstance(videos, Sequence) and not isinstance(videos, (str, bytes, bytearray, memoryview)):
-            videos = list(videos)  # such as a column of a data set
+        if isinstance(videos, Sequence) and not isinstance(videos, (list, tuple, str, bytes, bytearray, memoryview)):
+            videos = list(videos)  # a column of a data set
         texts = None if text is None else _as_texts(text)
         rows = _videos_per_text(videos, texts)
         videos = _drop_empty_rows(videos)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from huggingface_hub.dataclasses import validate_typed_dict
+from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from torchvision.transforms import InterpolationMode
 from transformers.image_processing_utils import BatchFeature
@@ -371,7 +372,10 @@ class LongVLMVideoProcessor(BaseVideoProcessor):
                 hint = f"; did you mean {close[0]}?" if close else ""
                 raise ValueError(f"`{name}` is not an option of the video processor{hint}")
         kwargs = _size_as_output(plain_video_options(kwargs))
-        validate_typed_dict(self.valid_kwargs, kwargs)
+        try:
+            validate_typed_dict(self.valid_kwargs, kwargs)
+        except StrictDataclassError as error:
+            raise ValueError(" ".join(str(error).split())) from None
         options = {name: getattr(self, name, None) for name in known}
         options |= {name: value for name, value in kwargs.items() if value is not None or name not in SAMPLING}
         # Only those of the call: the processor's own `num_frames` does not conflict with the `fps` of a call.
@@ -596,8 +600,8 @@ def flatten_videos(videos) -> list:
     """
     if _is_array(videos) and videos.ndim == 5:
         return list(videos)
-    if isinstance(videos, Sequence) and not isinstance(videos, (str, bytes, bytearray, memoryview)):
-        videos = list(videos)  # such as a column of a data set
+    if isinstance(videos, Sequence) and not isinstance(videos, (list, tuple, str, bytes, bytearray, memoryview)):
+        videos = list(videos)  # a column of a data set
     if not isinstance(videos, (list, tuple)):
         return [videos]
     if not videos:

@@ -141,7 +141,7 @@ def encoded_video(video):
         A path, or a `VideoSource` of the bytes; any other video unchanged, and a decoder without a file here.
     """
     row = video if isinstance(video, Mapping) else getattr(video, "_hf_encoded", None)
-    if not isinstance(row, Mapping) or not {"bytes", "path"} & row.keys():
+    if not isinstance(row, Mapping) or not {"bytes", "path"} <= row.keys():
         return video
     data, path = row.get("bytes"), row.get("path")
     if data is not None:

@@ -70,28 +70,33 @@ def test_windows_go_by_real_times_where_the_frame_rate_varies(tmp_path):
     assert set(indices) <= set(inside.tolist())
 
 
-class Counted:
-    """A container or a packet that counts the frames decoded from it."""
+class Watched:
+    """A container that notes which packets are read from it, and whether it was told to seek."""
 
-    def __init__(self, inner, counts):
-        self.inner, self.counts = inner, counts
+    opened: list["Watched"] = []  # noqa: RUF012
+
+    def __init__(self, container):
+        self.container, self.sought, self.read = container, False, []
+        self.opened.append(self)
 
     def __getattr__(self, name):
-        return getattr(self.inner, name)
+        return getattr(self.container, name)
 
     def __enter__(self):
         return self
 
     def __exit__(self, *error):
-        self.inner.close()
+        self.container.close()
+
+    def seek(self, *args, **options):
+        self.sought = True
+        self.container.seek(*args, **options)
 
     def demux(self, *streams):
-        return (Counted(packet, self.counts) for packet in self.inner.demux(*streams))
-
-    def decode(self, *streams):
-        for frame in self.inner.decode(*streams):
-            self.counts.append(frame.pts * frame.time_base)
-            yield frame
+        for packet in self.container.demux(*streams):
+            if packet.size:
+                self.read.append(float(packet.pts * packet.time_base))
+            yield packet
 
 
 @pytest.mark.parametrize("suffix", ["mp4", "mkv"])
@@ -99,18 +104,27 @@ class Counted:
 def test_nothing_outside_a_window_is_decoded(tmp_path, monkeypatch, suffix, b_frames):
     options = {"bf": str(b_frames), "x264-params": "scenecut=0:b-adapt=0"}
     path = write_video(tmp_path / f"video.{suffix}", 150, gop=25, options=options)
-    times, counts, open_file = probe_video(path).source_timestamps, [], av.open
-    monkeypatch.setattr(av, "open", lambda *args, **options: Counted(open_file(*args, **options), counts))
+    start, open_file = probe_video(path).source_timestamps[0], av.open
+    monkeypatch.setattr(Watched, "opened", [])
+    monkeypatch.setattr(av, "open", lambda *args, **options: Watched(open_file(*args, **options)))
+    _, _, shown = taken(path, do_sample_frames=False, decoding_backend="pyav", video_start=2, video_end=4)
+    assert shown == list(range(50, 100))
+    read: set[int] = set()
+    for container in Watched.opened:
+        numbers = {round((time - start) * 25) for time in container.read}
+        if container.sought:
+            read |= numbers
+        else:  # the index: all packets are read, and none is decoded
+            assert len(numbers) in (0, 150)
+    # B-frames may need the keyframe before, and frames are stored out of order; a decoder is a few packets ahead.
+    before = 25 if b_frames else 0
+    assert set(range(50, 100)) <= read <= set(range(50 - before, 100 + 8))
+
+
+def test_progress_counts_the_frames_of_a_window(file):
     told = []
-    features = LongVLMVideoProcessor(**PLAIN)(
-        path, do_sample_frames=False, video_start=2, video_end=4, progress=lambda *step: told.append(step)
-    )
-    assert told[-1] == ("decode", 50, 50)
-    assert [read_number(frame) for frame in features["pixel_values_videos"][0]] == list(range(50, 100))
-    decoded = {round(float(moment - times[0]) * 25) for moment in counts}
-    # B-frames may need the keyframe before, and the frame after them.
-    before, after = (25, b_frames + 1) if b_frames else (0, 0)
-    assert set(range(50, 100)) <= decoded <= set(range(50 - before, 100 + after))
+    taken(file, fps=10, video_start=2, video_end=4, progress=lambda *step: told.append(step))
+    assert sorted(told) == [("decode", done, 20) for done in range(1, 21)]
 
 
 def test_windows_of_frames_go_by_the_metadata():
@@ -160,6 +174,7 @@ def test_a_folder_of_images_takes_its_frame_rate_from_the_metadata(tmp_path):
         ({"video_end": 0}, "`video_end` is 0"),
         ({"video_end": "0:30"}, "`video_end` is '0:30'"),
         ({"video_start": True}, "`video_start` is True"),
+        ({"do_resize": "yes"}, "do_resize.* expected bool"),
         ({"nframes": 3}, "`nframes` is not an option of the video processor; did you mean num_frames?"),
         ({"max_frames": 3}, "`max_frames` 3 needs `fps`"),
         ({"num_frames": 4, "max_frames": 3}, "`max_frames` 3 needs `fps`"),

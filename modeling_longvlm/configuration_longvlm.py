@@ -165,7 +165,7 @@ class LongVLMConfig(PreTrainedConfig):
         if not isinstance(self.video_delimiters, bool):
             raise ValueError(f"video_delimiters must be True or False, got {self.video_delimiters!r}")
         if isinstance(self.image_size, (list, tuple)):
-            self.image_size = type(self.image_size)(whole_number("image_size", edge, 1) for edge in self.image_size)
+            self.image_size = [whole_number("image_size", edge, 1) for edge in self.image_size]
         elif self.image_size is not None:
             self.image_size = whole_number("image_size", self.image_size, 1)
         (height, width), (patch_height, patch_width) = self.frame_size, _pair(self.vision_config.patch_size)

@@ -133,6 +133,8 @@ def _several(value):
         return None
     if isinstance(value, (list, tuple)):
         return list(value)
+    if hasattr(value, "column_name") and not isinstance(value, Sequence):  # of a data set that is streamed
+        return iter(value)
     return value if isinstance(value, (Sequence, Dataset)) or _is_iterator(value) else None
 
 

@@ -49,6 +49,8 @@ def test_a_dataset_is_answered_row_by_row(pipe, films, expected, kind):
     assert list(pipe(rows.to_iterable_dataset())) == expected
     assert list(pipe(video=rows["video"], question=rows["question"])) == expected
     assert list(pipe(video=films, question=rows["question"])) == expected
+    streamed = rows.to_iterable_dataset()
+    assert list(pipe(video=streamed["video"], question=streamed["question"])) == expected
     assert next(iter(pipe(KeyDataset(rows, "video"), question="A?"))) == expected[0]
     assert next(iter(pipe(KeyDataset(rows, "question"), video=films[0]))) == expected[0]
     assert list(pipe(KeyDataset(rows, "video"), question=KeyDataset(rows, "question"), batch_size=3)) == expected

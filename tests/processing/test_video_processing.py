@@ -178,7 +178,7 @@ def test_other_encoders_are_set_up_as_in_their_own_files(settings, shape):
     torch.testing.assert_close(ours, theirs["pixel_values"][0], atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("shape", [(40, 400), (400, 40), (2, 1920), (333, 2500), (37, 1009), (7001, 480), (1, 3000)])
+@pytest.mark.parametrize("shape", [(40, 400), (400, 40), (2, 480), (333, 2500), (37, 1009), (3001, 480), (1, 200)])
 @pytest.mark.parametrize(
     "settings", [{}, {"resample": 2}, {"size": {"shortest_edge": 256}, "crop_size": 224}], ids=str
 )

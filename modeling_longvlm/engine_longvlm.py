@@ -188,7 +188,7 @@ class LongVLMEngine:
             ValueError: the messages do not have this form.
             VideoDecodeError: a video cannot be read.
         """
-        conversations, is_batch = _as_conversations(messages)
+        conversations, is_batch = _as_conversations(messages, self.processor)
         if max_new_tokens is not None:
             generate_kwargs["max_new_tokens"] = max_new_tokens
         generate_kwargs = plain_generation_options(generate_kwargs)
@@ -217,7 +217,7 @@ class LongVLMEngine:
         Raises:
             ValueError: several conversations, answers or beams.
         """
-        conversations, is_batch = _as_conversations(messages)
+        conversations, is_batch = _as_conversations(messages, self.processor)
         if is_batch:
             raise ValueError(f"stream answers one conversation at a time, got {len(conversations)}: call it for each")
         options = plain_generation_options(options)
@@ -289,7 +289,7 @@ class LongVLMEngine:
         Raises:
             ValueError: there are no choices, one is not text, or the conversation already ends with an answer.
         """
-        conversations, is_batch = _as_conversations(messages)
+        conversations, is_batch = _as_conversations(messages, self.processor)
         if is_batch:
             raise ValueError(f"score_choices takes one conversation, got {len(conversations)}: call it for each")
         messages = conversations[0]
@@ -347,7 +347,7 @@ class LongVLMEngine:
         counts = [] if features is None else features.num_tokens(self.model.config)
         with self._tokenizer_lock:
             inputs = self.processor(
-                text=texts, num_video_tokens=counts, padding=True, padding_side="left", return_tensors="pt"
+                text=texts, video_token_counts=counts, padding=True, padding_side="left", return_tensors="pt"
             ).to(self.model.device)
         return {**inputs} if features is None else {**inputs, "video_features": features}
 
@@ -451,7 +451,7 @@ class LongVLMEngine:
         )
         counts = [] if features is None else features.num_tokens(self.model.config)
         with self._tokenizer_lock:
-            return list(self.processor(text=[text], num_video_tokens=counts)["input_ids"][0])
+            return list(self.processor(text=[text], video_token_counts=counts)["input_ids"][0])
 
     def _end_of_turn(self, ids: list[int], start: int) -> int:
         """Where the answer that begins at `start` ends, including its end token."""
@@ -535,21 +535,18 @@ def _are_features(video) -> bool:
     return isinstance(video, Mapping) and "local_features" in video
 
 
-def _as_conversations(messages) -> tuple[list, bool]:
+def _as_conversations(messages, processor) -> tuple[list[list[dict]], bool]:
     """-> conversations, and whether a list of them was given. The processor checks the messages' content."""
     messages = getattr(messages, "messages", messages)
     if not isinstance(messages, (list, tuple)) or not messages:
         raise ValueError(f"messages must be a list of messages, or a list of such lists, got {messages!r:.80}")
-    is_batch = isinstance(messages[0], (list, tuple)) or hasattr(messages[0], "messages")
+    first = messages[0]
+    is_batch = not hasattr(first, "role") and (isinstance(first, (list, tuple)) or hasattr(first, "messages"))
     conversations = [getattr(one, "messages", one) for one in messages] if is_batch else [messages]
     for one in conversations:
-        if (
-            not isinstance(one, (list, tuple))
-            or not one
-            or not all(isinstance(m, Mapping) and "role" in m for m in one)
-        ):
+        if not isinstance(one, (list, tuple)) or not one:
             raise ValueError(f'a conversation must be a list of {{"role": ..., "content": ...}}, got {one!r:.80}')
-    return [list(one) for one in conversations], is_batch
+    return [processor.plain_messages(one) for one in conversations], is_batch
 
 
 def _count_trailing(ids: Sequence[int], value: int | None) -> int:

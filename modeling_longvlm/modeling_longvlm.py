@@ -123,20 +123,24 @@ def video_facts(features: Mapping) -> dict[str, tuple | None]:
 class LongVLMModelOutputWithPast(BaseModelOutputWithPast):
     """
     Args:
-        video_features ([`LongVLMVideoFeatures`], *optional*): features of the videos, if any.
+        video_features ([`LongVLMVideoFeatures`], *optional*): features of the videos, if any; `video_outputs` is
+            another name for them, transformers' own.
     """
 
     video_features: LongVLMVideoFeatures | None = None
+    video_outputs = property(lambda self: self.video_features)
 
 
 @dataclass
 class LongVLMCausalLMOutputWithPast(CausalLMOutputWithPast):
     """
     Args:
-        video_features ([`LongVLMVideoFeatures`], *optional*): features of the videos, if any.
+        video_features ([`LongVLMVideoFeatures`], *optional*): features of the videos, if any; `video_outputs` is
+            another name for them, transformers' own.
     """
 
     video_features: LongVLMVideoFeatures | None = None
+    video_outputs = property(lambda self: self.video_features)
 
 
 class LongVLMMultiModalProjector(nn.Module):
@@ -510,6 +514,8 @@ class LongVLMForConditionalGeneration(LongVLMPreTrainedModel, GenerationMixin):
         name = next(name for name, module in self.model.named_modules() if module is embeddings)
         self._tied_weights_keys = {"lm_head.weight": f"model.{name}.weight"}
         self.post_init()
+        if config.tie_word_embeddings and f"model.{name}" not in self._tp_plan:
+            self._tp_plan.pop("lm_head", None)  # one tensor: sharded over devices in both places or in none
 
     def get_input_embeddings(self) -> nn.Module:
         return self.model.get_input_embeddings()

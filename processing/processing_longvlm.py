@@ -17,10 +17,12 @@ from transformers.processing_utils import MultiModalData, ProcessingKwargs, Proc
 from transformers.utils import logging
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from .chat_messages import is_message, plain_messages
+from .chat_template_form import AS_GIVEN, PARTS, STRING, content_form
 from .chat_templates_longvlm import CHAT_TEMPLATES, DEFAULT_CHAT_TEMPLATE
 from .option_values import plain_video_options, whole_number
 from .text_escaping import ESCAPE_MARK, escape, tokenizer_for_escaped_text
-from .video_processing_longvlm import LongVLMVideoProcessor, flatten_videos
+from .video_processing_longvlm import LongVLMVideoProcessor, auto_map_in_files_only, flatten_videos
 
 logger = logging.get_logger(__name__)
 
@@ -115,6 +117,11 @@ class LongVLMProcessor(ProcessorMixin):
             **kwargs,
         )
 
+    def save_pretrained(self, save_directory, **kwargs):
+        """As in transformers."""
+        with auto_map_in_files_only(self, self.video_processor):
+            return super().save_pretrained(save_directory, **kwargs)
+
     @property
     def video_token_id(self) -> int:
         return self.tokenizer.convert_tokens_to_ids(self.video_token)
@@ -180,7 +187,7 @@ class LongVLMProcessor(ProcessorMixin):
         self,
         text: str | list[str] | None = None,
         videos=None,
-        num_video_tokens: int | Sequence[int] | None = None,
+        video_token_counts: int | Sequence[int] | None = None,
         *,
         video_features: Mapping | None = None,
         video_options: Sequence[Mapping | None] | None = None,
@@ -196,10 +203,11 @@ class LongVLMProcessor(ProcessorMixin):
             videos:
                 One video, a list of videos in the order of their placeholders, or a list per text (`[]` or `None` for
                 one without video). `LongVLMVideoProcessor.preprocess` says what a video can be.
-            num_video_tokens (`int` or a sequence of them):
-                Instead of `videos`, if their features are already encoded: the number of tokens of each.
+            video_token_counts (`int` or a sequence of them):
+                Instead of `videos`, if their features are already encoded: the number of tokens of each. Also taken
+                by its earlier name, `num_video_tokens`.
             video_features (`Mapping`):
-                Instead of `num_video_tokens`: the features themselves (`local_features`), whose tokens are counted.
+                Instead of `video_token_counts`: the features themselves (`local_features`), whose tokens are counted.
             video_options (`list[dict]`, *optional*):
                 Options of the video processor for single videos, over those in `kwargs`: one dict (or `None`) per
                 video, in the order of their placeholders.
@@ -220,23 +228,28 @@ class LongVLMProcessor(ProcessorMixin):
                 raise ValueError(f"LongVLM takes text and videos, not {name}; remove {name}=")
         for name in ("load_audio_from_video", "sanitize_control_tokens"):
             kwargs.pop(name, None)
+        earlier_name = kwargs.pop("num_video_tokens", None)
+        if earlier_name is not None:
+            if video_token_counts is not None:
+                raise ValueError("num_video_tokens is the earlier name of video_token_counts; pass the latter")
+            video_token_counts = earlier_name
         if video_features is not None:
-            if num_video_tokens is not None:
-                raise ValueError("video_features and num_video_tokens exclude each other; pass one of them")
-            num_video_tokens = self.count_video_tokens(video_features)
+            if video_token_counts is not None:
+                raise ValueError("video_features and video_token_counts exclude each other; pass one of them")
+            video_token_counts = self.count_video_tokens(video_features)
         if isinstance(videos, Sequence) and not isinstance(videos, (list, tuple, str, bytes, bytearray, memoryview)):
             videos = list(videos)  # a column of a data set
         texts = None if text is None else _as_texts(text)
         rows = _videos_per_text(videos, texts)
         videos = _drop_empty_rows(videos)
-        if videos is not None and num_video_tokens is not None:
-            raise ValueError("videos and num_video_tokens exclude each other; pass one of them")
+        if videos is not None and video_token_counts is not None:
+            raise ValueError("videos and video_token_counts exclude each other; pass one of them")
         if videos is None and any(video_options or ()):
             names = ", ".join(sorted({name for one in video_options or () for name in one or ()}))
             raise ValueError(f"{names} cannot be applied to encoded videos: give the videos themselves")
         if texts is None and videos is None:
             raise ValueError("LongVLMProcessor was called without text and without videos; pass at least one")
-        counts = _as_counts(num_video_tokens)
+        counts = _as_counts(video_token_counts)
         if texts is not None:
             texts = [self._one_token_per_video(sample) for sample in texts]
             self._check_placeholders(texts, len(counts) if videos is None else len(flatten_videos(videos)), rows)
@@ -371,11 +384,13 @@ class LongVLMProcessor(ProcessorMixin):
 
         Content is a string or a list of parts, `{"type": "text", "text": ...}` and `{"type": "video", "video": ...}`
         (or `"path"` or `"url"`; with none of them, a placeholder whose video is given as `videos=` or
-        `num_video_tokens=`). A video part can also hold options of the video processor: `"num_frames": 50` (or
-        `"nframes"`), `"fps": 1`, `"video_start": 60`...
-        A line feed separates a placeholder from neighbouring text, as in the original; neighbouring texts are joined
-        as they are. A system message replaces that of a built-in template. Content is never searched for special
-        tokens.
+        `video_token_counts=`). A video part can also hold options of the video processor: `"num_frames": 50`
+        (or `"nframes"`), `"fps": 1`, `"video_start": 60`...
+        Messages and parts may also be objects with these attributes: dataclasses, pydantic models.
+        Most templates read content as a string: a line feed separates a placeholder from neighbouring text, as in the
+        original; neighbouring texts are joined as they are. A template that reads parts (`message.content[0].text`)
+        gets parts, and writes `<vid_patch>` or `<video>` for a video; if it does not, it gets the string in one part.
+        A system message replaces that of a built-in template. Content is never searched for special tokens.
 
         Args:
             conversation: list of messages `{"role", "content"}`, or a list of such lists.
@@ -400,25 +415,20 @@ class LongVLMProcessor(ProcessorMixin):
             raise ValueError("return_assistant_tokens_mask=True needs return_dict=True: the mask is part of the dict")
         chat_template = self._find_template(chat_template)
         conversations, is_batched = _as_conversations(conversation)
-        flat = [self._flatten_conversation(messages) for messages in conversations]
+        conversations = [plain_messages(messages) for messages in conversations]
         kwargs.pop("sanitize_control_tokens", None)  # 5.24's way for single calls; here content is always text
         template_kwargs, call_kwargs = self._split_kwargs(kwargs, chat_template)
-        try:
-            prompts, spans = render_jinja_template(
-                conversations=[messages for messages, _, _ in flat],
-                tools=tools,
-                documents=documents,
-                chat_template=chat_template,
-                return_assistant_tokens_mask=return_assistant_tokens_mask,
-                continue_final_message=continue_final_message,
-                add_generation_prompt=add_generation_prompt,
-                **{**self.tokenizer.special_tokens_map, **template_kwargs},
-            )
-        except Exception as error:
-            # By its module: this file must not need jinja2 to be loaded. Templates refuse with raise_exception().
-            if type(error).__module__.partition(".")[0] != "jinja2":
-                raise
-            raise ValueError(f"the chat template refuses this conversation: {error}") from error
+
+        prompts, spans, flat = self._render(
+            conversations,
+            chat_template,
+            tools=tools,
+            documents=documents,
+            return_assistant_tokens_mask=return_assistant_tokens_mask,
+            continue_final_message=continue_final_message,
+            add_generation_prompt=add_generation_prompt,
+            **{**self.tokenizer.special_tokens_map, **template_kwargs},
+        )
         if not tokenize:
             return prompts if is_batched else prompts[0]
 
@@ -443,12 +453,53 @@ class LongVLMProcessor(ProcessorMixin):
             out.update(BatchFeature({"assistant_masks": masks}, tensor_type=call_kwargs.get("return_tensors")))
         return out if return_dict else out["input_ids"]
 
+    def _render(self, conversations: list[list[dict]], chat_template: str, **options) -> tuple[list, list, list]:
+        """Returns prompts, the spans of answers in them, and what `_flatten_conversation` returns for each."""
+        try:
+            form = content_form(chat_template)
+            flat = [self._flatten_conversation(messages, form) for messages in conversations]
+            if form != STRING and not self._writes_videos(flat, chat_template, options):
+                flat = [self._flatten_conversation(messages, form, text_only=True) for messages in conversations]
+            prompts, spans = _render_all(flat, chat_template, options)
+        except Exception as error:
+            if not _is_refusal(error):
+                raise
+            raise ValueError(f"the chat template refuses this conversation: {error}") from error
+        if spans:  # a template of parts may write a video in another way
+            spans = [
+                [tuple(len(self._one_token_per_video(prompt[:edge])) for edge in span) for span in row]
+                for prompt, row in zip(prompts, spans, strict=True)
+            ]
+        return [self._one_token_per_video(prompt) for prompt in prompts], spans, flat
+
+    def _writes_videos(self, flat: list, chat_template: str, options: dict) -> bool:
+        """Whether a template that reads parts writes a placeholder for each video."""
+        if not any(video_options for _, _, video_options in flat):
+            return True
+        try:
+            prompts, _ = _render_all(flat, chat_template, options)
+        except Exception as error:  # it may expect a text where the video is
+            if not _is_refusal(error):
+                raise
+            return False
+        written = [prompt.count(self.video_token) + prompt.count(VIDEO_ALIAS) for prompt in prompts]
+        return all(count >= len(parts) for count, (_, _, parts) in zip(written, flat, strict=True))
+
+    def plain_messages(self, conversation) -> list[dict]:
+        """
+        The messages of a conversation, in any form that `apply_chat_template` takes, as dicts.
+
+        Raises:
+            ValueError: a message without a role.
+        """
+        return plain_messages(conversation)
+
     def take_videos(self, messages) -> tuple[list[dict], list[VideoPart]]:
         """
         Separates a conversation from its videos.
 
         Args:
-            messages: list of messages, as for `apply_chat_template`.
+            messages: list of messages, as in `apply_chat_template`.
 
         Returns:
             The same messages with empty video parts, `{"type": "video"}`, and the videos in order;
@@ -459,9 +510,7 @@ class LongVLMProcessor(ProcessorMixin):
         """
         taken: list[VideoPart] = []
         bare: list[dict] = []
-        for message in getattr(messages, "messages", messages):
-            if not isinstance(message, Mapping) or "role" not in message:
-                raise ValueError(f'a message must be a dict with "role" and "content", not {message!r:.80}')
+        for message in plain_messages(messages):
             content = message.get("content")
             if isinstance(content, (list, tuple)):
                 parts: list[Any] = []
@@ -471,8 +520,8 @@ class LongVLMProcessor(ProcessorMixin):
                         taken.append(VideoPart(value, self._video_options(part)))
                         part = {"type": "video"}
                     parts.append(part)
-                message = {**message, "content": parts}
-            bare.append(dict(message))
+                message["content"] = parts
+            bare.append(message)
         return bare, taken
 
     def _video_options(self, part: Mapping) -> dict[str, Any]:
@@ -508,7 +557,8 @@ class LongVLMProcessor(ProcessorMixin):
 
     def _split_kwargs(self, kwargs: dict, chat_template: str) -> tuple[dict, dict]:
         """Splits into variables of the template and options of `__call__`."""
-        options = {"videos", "num_video_tokens", "video_features", "progress", "common_kwargs", *_EXTRA_OUTPUTS}
+        options = {"videos", "video_features", "progress", "common_kwargs", *_EXTRA_OUTPUTS}
+        options |= {"video_token_counts", "num_video_tokens"}
         options |= ProcessingKwargs.__annotations__.keys()
         for name in ("text_kwargs", "videos_kwargs"):
             options |= ProcessingKwargs.__annotations__[name].__annotations__.keys()
@@ -523,26 +573,35 @@ class LongVLMProcessor(ProcessorMixin):
             {key: value for key, value in kwargs.items() if key in options},
         )
 
-    def _flatten_conversation(self, messages) -> tuple[list[dict], list, list[dict]]:
-        """Returns messages as text with one `<vid_patch>` per video; the given videos; the options of each part."""
+    def _flatten_conversation(
+        self, messages: list[dict], form: str, text_only: bool = False
+    ) -> tuple[list[dict], list, list[dict]]:
+        """
+        Returns messages with content in the form that the template reads, the given videos, and the options of each
+        video part. Videos are written as `<vid_patch>` in strings, and with `text_only` also in parts.
+        """
         flat: list[dict] = []
         videos: list = []
         options: list[dict] = []
-        for message in getattr(messages, "messages", messages):
-            if not isinstance(message, Mapping) or "role" not in message:
-                raise ValueError(f'a message must be a dict with "role" and "content", not {message!r:.80}')
+        for message in messages:
             strings = self._special_strings(of_answer=message["role"] == "assistant")
-            content = self._flatten_content(message.get("content"), strings, videos, options)
-            flat.append({**{k: v for k, v in message.items() if v is not None}, "content": content})
+            content = message.get("content")
+            parts = self._join_parts(content, videos, options)
+            if form != PARTS and (form != AS_GIVEN or content is None or isinstance(content, str)):
+                flat.append({**message, "content": self._as_string(parts, strings)})
+            elif text_only and None in parts:
+                flat.append({**message, "content": [{"type": "text", "text": self._as_string(parts, strings)}]})
+            else:
+                flat.append({**message, "content": _as_parts(content, strings)})
         return flat, videos, options
 
-    def _flatten_content(self, content, special_strings: list[str], videos: list, options: list[dict]) -> str:
+    def _join_parts(self, content, videos: list, options: list[dict]) -> list[str | None]:
+        """Texts and videos (`None`). Neighbouring texts are joined: together they may spell a special token."""
         if content is None or isinstance(content, str):
-            return escape(content or "", special_strings)
+            return [content] if content else []
         if not isinstance(content, (list, tuple)):
             raise ValueError(f"content must be text or a list of parts, not {type(content).__name__}: {content!r:.80}")
-        # Neighbouring texts are joined before they are escaped: together they may spell a special token.
-        parts: list[str | None] = []  # None: a video
+        parts: list[str | None] = []
         for part in content:
             kind, value = _read_part(part)
             if kind == "video":
@@ -554,6 +613,9 @@ class LongVLMProcessor(ProcessorMixin):
                 parts[-1] += value
             elif value:
                 parts.append(value)
+        return parts
+
+    def _as_string(self, parts: list[str | None], special_strings: list[str]) -> str:
         return "\n".join(self.video_token if p is None else escape(p, special_strings) for p in parts)
 
 
@@ -572,6 +634,16 @@ _NOT_OF_ONE_VIDEO = {
 _EXTRA_OUTPUTS = ("return_mm_token_type_ids", "return_text_replacement_offsets")
 
 
+def _render_all(flat: list, chat_template: str, options: dict) -> tuple[list, list]:
+    messages = [messages for messages, _, _ in flat]
+    return render_jinja_template(conversations=messages, chat_template=chat_template, **options)
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Whether a template raised it. By its module: this file must not need jinja2 to be loaded."""
+    return type(error).__module__.partition(".")[0] == "jinja2"
+
+
 def _prepare_tokenizer(tokenizer):
     # Also if the tokenizer has them: that makes them special (in old files they are ordinary added words).
     # normalized=False: they are found in the text as it was written.
@@ -583,10 +655,10 @@ def _prepare_tokenizer(tokenizer):
 
 
 def _template_text(name: str) -> str:
-    """A built-in template by its name; a Jinja template is returned as it is."""
+    """A built-in template by its name; a template is returned as it is. One word without marks is a mistaken name."""
     if name in CHAT_TEMPLATES:
         return CHAT_TEMPLATES[name]
-    if "{" not in name:
+    if re.fullmatch(r"[\w.+-]+", name):
         raise ValueError(
             f'chat_template="{name}" is neither a Jinja template nor a built-in one; choose one of '
             f"{', '.join(CHAT_TEMPLATES)}"
@@ -615,11 +687,11 @@ def _as_texts(text) -> list[str]:
     return list(texts)
 
 
-def _as_counts(num_video_tokens) -> list[int]:
-    if num_video_tokens is None:
+def _as_counts(given) -> list[int]:
+    if given is None:
         return []
-    counts = [num_video_tokens] if isinstance(num_video_tokens, Number) else num_video_tokens
-    return [whole_number("num_video_tokens", count, 1) for count in counts]
+    counts = [given] if isinstance(given, Number) else given
+    return [whole_number("video_token_counts", count, 1) for count in counts]
 
 
 def _is_empty(row) -> bool:
@@ -648,9 +720,25 @@ def _as_conversations(conversation) -> tuple[list, bool]:
         return [conversation], False
     if not isinstance(conversation, (list, tuple)) or not conversation:
         raise ValueError(f"a conversation must be a list of messages, not {conversation!r:.80}")
-    if isinstance(conversation[0], (list, tuple)) or hasattr(conversation[0], "messages"):
+    if not is_message(conversation[0]) and (
+        isinstance(conversation[0], (list, tuple)) or hasattr(conversation[0], "messages")
+    ):
         return list(conversation), True
     return [conversation], False
+
+
+def _as_parts(content, special_strings: list[str]) -> list[dict]:
+    """Content for a template that reads parts. Other text may follow each part, as the template likes."""
+    if content is None:
+        return []
+    read = [("text", content)] if isinstance(content, str) else [_read_part(part) for part in content]
+    last = max((i for i, (kind, _) in enumerate(read) if kind == "text"), default=0)
+    return [
+        {"type": "video"}
+        if kind == "video"
+        else {"type": "text", "text": escape(value, special_strings, continues=i < last)}
+        for i, (kind, value) in enumerate(read)
+    ]
 
 
 def _read_part(part) -> tuple[str, Any]:

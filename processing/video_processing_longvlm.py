@@ -10,6 +10,7 @@ Frames are sampled as in the released code, at the middles of equal ranges of th
 import copy
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -54,7 +55,7 @@ MAX_COVERING = 4  # times the output's area; larger frames are cropped before th
 METADATA_FIELDS = ("total_num_frames", "fps", "width", "height", "duration", "video_backend", "frames_indices")
 
 
-class LongVLMVideosKwargs(VideosKwargs, total=False):  # type: ignore[call-arg]
+class LongVLMVideoProcessorKwargs(VideosKwargs, total=False):  # type: ignore[call-arg]
     """`VideosKwargs` with our own options; see `LongVLMVideoProcessor`."""
 
     max_frames: int | None
@@ -64,6 +65,16 @@ class LongVLMVideosKwargs(VideosKwargs, total=False):  # type: ignore[call-arg]
     video_stream: int | None
     shortest_edge: int | None
     decoding_backend: str | None
+
+
+@contextmanager
+def auto_map_in_files_only(*objects):
+    """Saving adds an `auto_map` to the objects, which this removes: they stay equal to what they were."""
+    try:
+        yield
+    finally:
+        for one in objects:
+            vars(one).pop("auto_map", None)
 
 
 class VideoPiece(NamedTuple):
@@ -121,7 +132,7 @@ class LongVLMVideoProcessor(BaseVideoProcessor):
     """
 
     model_input_names = ["pixel_values_videos", "num_frames"]  # noqa: RUF012 (transformers' way)
-    valid_kwargs = LongVLMVideosKwargs
+    valid_kwargs = LongVLMVideoProcessorKwargs
 
     size = {"height": 224, "width": 224}  # noqa: RUF012
     resample = PILImageResampling.BICUBIC
@@ -152,12 +163,23 @@ class LongVLMVideoProcessor(BaseVideoProcessor):
 
     @classmethod
     def from_dict(cls, video_processor_dict: dict[str, Any], **kwargs):
-        """As in the base class; `preset=` overrides what was saved."""
+        """As in the base class; `preset=`, `size=` and `crop_size=` override what was saved."""
         preset = kwargs.pop("preset", None)
         if preset is not None:
             kept = {key: value for key, value in video_processor_dict.items() if key not in PRESETS["clip"]}
             video_processor_dict = {**kept, "preset": preset}
-        return super().from_dict(video_processor_dict, **kwargs)
+        replaced = {"auto_map"}  # is for files alone
+        if _is_output_size(kwargs.get("size")):
+            replaced.add("crop_size")
+        elif kwargs.get("crop_size") is not None and _is_output_size(video_processor_dict.get("size")):
+            replaced.add("size")
+        kept = {key: value for key, value in video_processor_dict.items() if key not in replaced}
+        return super().from_dict(kept, **kwargs)
+
+    def save_pretrained(self, save_directory, **kwargs):
+        """As in the base class."""
+        with auto_map_in_files_only(self):
+            return super().save_pretrained(save_directory, **kwargs)
 
     # --- which frames ---
 
@@ -567,6 +589,8 @@ def _size_as_output(kwargs: dict) -> dict:
     """Turns the sizes of CLIP and DINOv2 files into ours, where `size` is the output size."""
     kwargs = dict(kwargs)
     size, crop_size = kwargs.get("size"), kwargs.pop("crop_size", None)
+    if isinstance(size, int) and crop_size is not None:
+        size = {"shortest_edge": size}  # CLIP's shorthand
     if crop_size is not None:
         crop_size = {"height": crop_size, "width": crop_size} if isinstance(crop_size, int) else dict(crop_size)
         crop_size = {"height": crop_size["height"], "width": crop_size["width"]}
@@ -586,6 +610,10 @@ def _size_as_output(kwargs: dict) -> dict:
                 f"crop_size={crop_size} differs from size={dict(size)}; leave out crop_size: size is the output size"
             )
     return kwargs
+
+
+def _is_output_size(size) -> bool:
+    return isinstance(size, Mapping) and bool(size.get("height"))
 
 
 # --- the many forms of a video ---

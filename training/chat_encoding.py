@@ -78,7 +78,7 @@ def encode_chat(
                 tokenize=True,
                 return_dict=True,
                 return_assistant_tokens_mask=True,
-                num_video_tokens=list(token_counts),
+                video_token_counts=list(token_counts),
             )
         ids, mask = encoded["input_ids"][0], encoded["assistant_masks"][0]
     else:
@@ -86,7 +86,7 @@ def encode_chat(
             text, spans = _render(processor, messages, template)
         encoded = processor(
             [text],
-            num_video_tokens=list(token_counts),
+            video_token_counts=list(token_counts),
             return_offsets_mapping=True,
             return_text_replacement_offsets=True,
         )

@@ -23,6 +23,8 @@ from tests.helpers.video_files import write_video
 QUESTION = "What happens?"
 CODE = {
     "animated_pictures.py",
+    "chat_messages.py",
+    "chat_template_form.py",
     "chat_templates_longvlm.py",
     "configuration_longvlm.py",
     "crop_spans.py",
@@ -40,7 +42,11 @@ CODE = {
     "token_merging.py",
     "video_decoders.py",
     "video_decoding.py",
+    "field_pictures.py",
+    "frame_display.py",
     "video_index.py",
+    "video_reader.py",
+    "video_times.py",
     "video_processing_longvlm.py",
     "video_sources.py",
     "video_state_longvlm.py",

@@ -216,6 +216,39 @@ def test_the_memory_for_a_frame_follows_the_crop_and_not_the_shape():
         assert kept.frames[0].untyped_storage().nbytes() == 3 * 224 * 224
 
 
+SAVED = {
+    "CLIP's": {"size": {"shortest_edge": 40}, "crop_size": {"height": 36, "width": 36}},
+    "ours": LongVLMVideoProcessor(size={"height": 36, "width": 36}).to_dict(),
+}
+
+
+@pytest.mark.parametrize("saved", SAVED)
+@pytest.mark.parametrize(
+    ("given", "size", "shortest_edge"),
+    [
+        ({"size": 42, "crop_size": 84}, (84, 84), 42),
+        ({"size": {"shortest_edge": 42}, "crop_size": {"height": 20, "width": 30}}, (20, 30), 42),
+        ({"size": 42, "crop_size": 42}, (42, 42), None),
+        ({"size": {"height": 42, "width": 50}}, (42, 50), None),
+    ],
+)
+def test_sizes_given_to_from_dict_replace_the_saved_ones(saved, given, size, shortest_edge):
+    processor = LongVLMVideoProcessor.from_dict(SAVED[saved], **given)
+    assert (processor.size.height, processor.size.width) == size
+    if "crop_size" in given:
+        assert processor.shortest_edge == shortest_edge
+        frame = np.random.default_rng(0).integers(0, 256, (50, 80, 3), dtype=np.uint8)
+        clip = CLIPImageProcessor(**given)(frame, return_tensors="pt", input_data_format="channels_last")
+        ours = processor([Image.fromarray(frame)])["pixel_values_videos"][0]
+        torch.testing.assert_close(ours, clip["pixel_values"], atol=1e-6, rtol=0)
+
+
+def test_a_crop_size_alone_replaces_the_saved_output_size():
+    for saved, edge in (("CLIP's", 40), ("ours", None)):
+        processor = LongVLMVideoProcessor.from_dict(SAVED[saved], crop_size=20)
+        assert (processor.size.height, processor.shortest_edge) == (20, edge)
+
+
 def test_any_output_size_covers_or_squashes():
     video, size = stack(5), {"height": 56, "width": 112}
     assert LongVLMVideoProcessor(size=size)(video)["pixel_values_videos"].shape[3:] == (56, 112)
@@ -430,7 +463,7 @@ def test_a_preset_can_be_changed_when_loading(tmp_path):
 def test_the_saved_folder_loads_as_remote_code(tmp_path, video_file):
     LongVLMVideoProcessor(num_frames=3, **PLAIN).save_pretrained(tmp_path)
     code = {path.name for path in tmp_path.glob("*.py")}
-    assert {"video_processing_longvlm.py", "video_decoding.py", "video_index.py"} <= code
+    assert {"video_processing_longvlm.py", "video_decoding.py", "video_index.py", "video_reader.py"} <= code
     assert not {"processing_longvlm.py", "modeling_longvlm.py"} & code
     loaded = AutoVideoProcessor.from_pretrained(tmp_path, trust_remote_code=True)
     assert numbers(loaded(video_file)) == [25, 74, 124]

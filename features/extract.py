@@ -22,7 +22,8 @@ from filelock import FileLock, Timeout
 from longvlm.features.failures import FAILED, FailureLog, read_failed, write_failed
 from longvlm.features.fingerprint import feature_metadata
 from longvlm.features.store import SHARD, SHARDS, FeatureReader, FeatureWriter
-from longvlm.features.videos import find_videos
+from longvlm.features.videos import find_videos, window_name
+from longvlm.modeling_longvlm.plain_numbers import whole_number
 
 PART, PARTS = ".part-{:05}", ".part-*"  # one folder per process
 
@@ -59,7 +60,8 @@ def extract_features(
         sources: for `find_videos`; or a mapping from names to videos of any kind that the video processor takes.
         out: a folder, new or from an earlier run, whose videos are not encoded again.
         model, processor: a LongVLM in eval mode, on the device to use.
-        video_options: options of the video processor (`num_frames`, `fps`, `max_frames`...).
+        video_options: options of the video processor (`num_frames`, `fps`, `max_frames`...). With `video_start` or
+            `video_end`, the features are stored as `name@start-end`, next to those of other parts of the video.
         store_dtype: dtype of the features; default: the one that the encoder computes in.
         shard_bytes: a shard is written when that many bytes are encoded; a killed process loses at most as much.
         progress: called as `progress("encode", done, total)` after each video of the first process's share, and only
@@ -70,11 +72,15 @@ def extract_features(
         run tries it again.
 
     Raises:
-        ValueError: see `find_videos` and `FeatureWriter`.
+        ValueError: see `find_videos` and `FeatureWriter`; or options that no video can have.
     """
     # On a machine without accelerators, processes find each other only when told to use the CPU.
     state, out = PartialState(cpu=model.device.type == "cpu"), Path(out)
     videos = sources if isinstance(sources, Mapping) else find_videos(sources)
+    shard_bytes = whole_number("shard_bytes", shard_bytes, 1)
+    processor.video_processor.check_options(**(video_options or {}))
+    window = [(video_options or {}).get(name) for name in ("video_start", "video_end")]
+    videos = {window_name(name, *window): video for name, video in videos.items()}
     made_by = {
         "num_global_layers": model.config.num_global_tokens,  # none, if the model places none
         "metadata": feature_metadata(model, processor.video_processor, video_options),

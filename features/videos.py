@@ -45,4 +45,12 @@ def find_videos(sources: Iterable[str | Path]) -> dict[str, Path]:
     return dict(sorted(found.items()))
 
 
-__all__ = ["VIDEO_SUFFIXES", "find_videos"]
+def window_name(name: str, video_start: float | None = None, video_end: float | None = None) -> str:
+    """The name of a video, or of a part of it (`name@start-end`, in seconds), in a folder of features."""
+    if video_start is None and video_end is None:
+        return name
+    start, end = ("" if seconds is None else f"{seconds:.12g}" for seconds in (video_start or 0, video_end))
+    return f"{name}@{start}-{end}"
+
+
+__all__ = ["VIDEO_SUFFIXES", "find_videos", "window_name"]

@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
 from .feature_cache_longvlm import VideoFeatureCache, describe_options, video_key
+from .plain_numbers import plain_generation_options
 
 DEFAULT_MAX_NEW_TOKENS = 256
 
@@ -90,7 +91,7 @@ class LongVLMEngine:
             progress: called as `progress(stage, done, total)`, in frames, with the stages `"decode"` and `"encode"`;
                 not called if the features are in the cache or another thread is encoding the video. Before that, a URL
                 or a pipe has the stage `"download"`, in bytes; its total is 0 if it is unknown.
-            video_options: of the video processor: `num_frames`, `fps`, `max_frames`, `short_video`...
+            video_options: of the video processor: `num_frames`, `fps`, `max_frames`, `video_start`, `video_end`...
 
         Returns:
             [`LongVLMVideoFeatures`] of one video, which messages accept as `"video"`.
@@ -107,11 +108,12 @@ class LongVLMEngine:
             if video_options:
                 raise ValueError(f"{', '.join(video_options)} cannot be applied to features: give the video itself")
             return self.model.base_model.as_video_features(video)
+        video = self.processor.video_processor.encoded_video(video)
         settings = describe_options(video_options), self.processor.video_processor.to_json_string(), self._method()
         if not _is_known_by_content(video):
             key = video_key(video, *settings)
             return self.cache.get_or_make(key, lambda: self._encode(video, video_options, progress), check)
-        # Its content is the key: the same address may hold another video tomorrow.
+        # Its content is the key: the same address may hold another video tomorrow, and bytes may have any name.
         with self.processor.video_processor.open_video(video, progress=progress) as source:
             key = video_key(source.path or source.digest(), *settings)
             return self.cache.get_or_make(key, lambda: self._encode(source, video_options, progress), check)
@@ -191,6 +193,7 @@ class LongVLMEngine:
         conversations, is_batch = _as_conversations(messages, self.processor)
         if max_new_tokens is not None:
             generate_kwargs["max_new_tokens"] = max_new_tokens
+        generate_kwargs = plain_generation_options(generate_kwargs)
         try:
             prompt = self._prepare(conversations, progress, should_stop, chat_template, chat_template_kwargs)
         except _Stopped:
@@ -219,7 +222,8 @@ class LongVLMEngine:
         conversations, is_batch = _as_conversations(messages, self.processor)
         if is_batch:
             raise ValueError(f"stream answers one conversation at a time, got {len(conversations)}: call it for each")
-        if options.get("num_beams", 1) > 1 or options.get("num_return_sequences", 1) > 1:
+        options = plain_generation_options(options)
+        if (options.get("num_beams") or 1) > 1 or (options.get("num_return_sequences") or 1) > 1:
             raise ValueError("stream gives one answer, without beams: leave out num_beams and num_return_sequences")
         return self._stream(conversations[0], options)
 

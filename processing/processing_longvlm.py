@@ -8,7 +8,7 @@ Note: user text (the content of a chat) is never searched for special tokens; se
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from numbers import Integral
+from numbers import Number
 from typing import Any, NamedTuple
 
 from tokenizers import AddedToken
@@ -20,6 +20,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from .chat_messages import is_message, plain_messages
 from .chat_template_form import AS_GIVEN, PARTS, STRING, content_form
 from .chat_templates_longvlm import CHAT_TEMPLATES, DEFAULT_CHAT_TEMPLATE
+from .option_values import plain_video_options, whole_number
 from .text_escaping import ESCAPE_MARK, escape, tokenizer_for_escaped_text
 from .video_processing_longvlm import LongVLMVideoProcessor, auto_map_in_files_only, flatten_videos
 
@@ -77,9 +78,7 @@ class LongVLMProcessor(ProcessorMixin):
             "patches_per_frame": (patches_per_frame, 1),
         }
         for name, (value, least) in counts.items():
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ValueError(f"{name}={value!r} must be a whole number of at least {least}")
-            setattr(self, name, value)
+            setattr(self, name, whole_number(name, value, least))
         if not isinstance(video_delimiters, bool):
             raise ValueError(f"video_delimiters={video_delimiters!r} must be True or False")
         self.video_delimiters = video_delimiters
@@ -146,10 +145,9 @@ class LongVLMProcessor(ProcessorMixin):
 
     def num_video_tokens(self, num_frames: int) -> int:
         """Number of tokens of a video of `num_frames` frames, without `<vid_start>` and `<vid_end>`."""
-        if num_frames < 1:
-            raise ValueError(f"num_frames={num_frames}: a video has at least 1 frame")
-        k = self.segment_length(int(num_frames))
-        full, rest = divmod(int(num_frames), k)
+        num_frames = whole_number("num_frames", num_frames, 1)
+        k = self.segment_length(num_frames)
+        full, rest = divmod(num_frames, k)
         segments = [k] * full + [rest] * (rest > 0)
         return self.total_video_tokens(
             sum(min(self.tokens_per_segment, frames * self.patches_per_frame) for frames in segments)
@@ -239,11 +237,16 @@ class LongVLMProcessor(ProcessorMixin):
             if video_token_counts is not None:
                 raise ValueError("video_features and video_token_counts exclude each other; pass one of them")
             video_token_counts = self.count_video_tokens(video_features)
+        if isinstance(videos, Sequence) and not isinstance(videos, (list, tuple, str, bytes, bytearray, memoryview)):
+            videos = list(videos)  # a column of a data set
         texts = None if text is None else _as_texts(text)
         rows = _videos_per_text(videos, texts)
         videos = _drop_empty_rows(videos)
         if videos is not None and video_token_counts is not None:
             raise ValueError("videos and video_token_counts exclude each other; pass one of them")
+        if videos is None and any(video_options or ()):
+            names = ", ".join(sorted({name for one in video_options or () for name in one or ()}))
+            raise ValueError(f"{names} cannot be applied to encoded videos: give the videos themselves")
         if texts is None and videos is None:
             raise ValueError("LongVLMProcessor was called without text and without videos; pass at least one")
         counts = _as_counts(video_token_counts)
@@ -253,7 +256,8 @@ class LongVLMProcessor(ProcessorMixin):
 
         offered = {name: kwargs.pop(name, False) for name in _EXTRA_OUTPUTS}
         wants_metadata = kwargs.get("return_metadata") or kwargs.get("videos_kwargs", {}).get("return_metadata")
-        kwargs = {key: dict(value) if isinstance(value, dict) else value for key, value in kwargs.items()}
+        kwargs = {key: _plain_options(value) if isinstance(value, dict) else value for key, value in kwargs.items()}
+        kwargs = _plain_options(kwargs)
         merged = self._merge_kwargs(
             self.valid_processor_kwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs
         )
@@ -380,7 +384,8 @@ class LongVLMProcessor(ProcessorMixin):
 
         Content is a string or a list of parts, `{"type": "text", "text": ...}` and `{"type": "video", "video": ...}`
         (or `"path"` or `"url"`; with none of them, a placeholder whose video is given as `videos=` or
-        `video_token_counts=`). A video part can also hold options of the video processor: `"num_frames": 50`.
+        `video_token_counts=`). A video part can also hold options of the video processor: `"num_frames": 50`
+        (or `"nframes"`), `"fps": 1`, `"video_start": 60`...
         Messages and parts may also be objects with these attributes: dataclasses, pydantic models.
         Most templates read content as a string: a line feed separates a placeholder from neighbouring text, as in the
         original; neighbouring texts are joined as they are. A template that reads parts (`message.content[0].text`)
@@ -435,8 +440,9 @@ class LongVLMProcessor(ProcessorMixin):
         if call_kwargs.get("num_frames") is not None or call_kwargs.get("fps") is not None:
             call_kwargs.setdefault("do_sample_frames", True)
         sources = [videos for _, videos, _ in flat]
-        if any(options for _, _, parts in flat for options in parts):
-            call_kwargs["video_options"] = [options for _, _, parts in flat for options in parts]
+        options = [one for _, _, parts in flat for one in parts]
+        if any(options):
+            call_kwargs["video_options"] = options
         if any(sources):
             if call_kwargs.get("videos") is not None:
                 raise ValueError("videos= and videos inside the conversation exclude each other; use one of them")
@@ -519,14 +525,26 @@ class LongVLMProcessor(ProcessorMixin):
         return bare, taken
 
     def _video_options(self, part: Mapping) -> dict[str, Any]:
-        options = {name: value for name, value in part.items() if name not in _VIDEO_PART_KEYS and value is not None}
-        known = self.video_processor.valid_kwargs.__annotations__.keys() | {"video_metadata"}
-        unknown = [name for name in options if name not in known]
-        if unknown:
-            raise ValueError(
-                f'a video part has the key "{unknown[0]}", which is not an option of the video processor; options are '
-                "num_frames, fps, max_frames..."
-            )
+        """The options in a video part, by their own names."""
+        given = {name: value for name, value in part.items() if name not in _VIDEO_PART_KEYS}
+        if isinstance(part.get("video_url"), Mapping):
+            given |= {name: value for name, value in part["video_url"].items() if name != "url"}
+        known = self.video_processor.valid_kwargs.__annotations__.keys() - _NOT_OF_ONE_VIDEO
+        options: dict[str, Any] = {}
+        for alias in _ALIASES.keys() & given.keys():
+            if _ALIASES[alias] in given:
+                raise ValueError(
+                    f'a video part has both "{alias}" and "{_ALIASES[alias]}", which mean the same; give one'
+                )
+        for written, value in given.items():
+            name = _ALIASES.get(written, written)
+            if name not in known:
+                raise ValueError(
+                    f'a video part has the key "{written}", which is not an option of the video processor; options '
+                    "are num_frames, fps, max_frames, video_start, video_end, short_video..."
+                )
+            if value is not None:
+                options[name] = value
         return options
 
     def _find_template(self, name: str | None) -> str:
@@ -602,6 +620,17 @@ class LongVLMProcessor(ProcessorMixin):
 
 
 _VIDEO_PART_KEYS = {"type", "video", "path", "url", "video_url"}
+_ALIASES = {"nframes": "num_frames"}  # as chats for Qwen's models write it
+# Options of a call that a single video cannot have, or that do nothing here.
+_NOT_OF_ONE_VIDEO = {
+    "return_tensors",
+    "return_metadata",
+    "data_format",
+    "device",
+    "default_to_square",
+    "do_convert_rgb",
+    "do_pad",
+}
 _EXTRA_OUTPUTS = ("return_mm_token_type_ids", "return_text_replacement_offsets")
 
 
@@ -637,6 +666,15 @@ def _template_text(name: str) -> str:
     return name
 
 
+def _plain_options(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of the tokenizer and the video processor with plain numbers, which their type checks need."""
+    plain = plain_video_options(kwargs)
+    for name, least in (("max_length", 1), ("stride", 0), ("pad_to_multiple_of", 1)):
+        if plain.get(name) is not None:
+            plain[name] = whole_number(name, plain[name], least)
+    return plain
+
+
 def _as_texts(text) -> list[str]:
     texts = [text] if isinstance(text, str) else text
     if not isinstance(texts, (list, tuple)):
@@ -652,11 +690,8 @@ def _as_texts(text) -> list[str]:
 def _as_counts(given) -> list[int]:
     if given is None:
         return []
-    counts = [int(given)] if isinstance(given, Integral) else [int(n) for n in given]
-    for count in counts:
-        if count < 1:
-            raise ValueError(f"video_token_counts={counts}: a video has at least 1 token")
-    return counts
+    counts = [given] if isinstance(given, Number) else given
+    return [whole_number("video_token_counts", count, 1) for count in counts]
 
 
 def _is_empty(row) -> bool:

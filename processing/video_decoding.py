@@ -63,10 +63,12 @@ class FrameMetadata(VideoMetadata):
 
     `frames_indices` and `fps` always refer to the SOURCE. `timestamps` are the seconds at which the chosen frames are
     shown, which also holds for a variable frame rate; the base class computes index / fps. `source_timestamps` are
-    those of all frames, or `None` if they are unknown (frames given as a list, without a frame rate).
+    those of all frames, or `None` if they are unknown (frames given as a list, without a frame rate). `start_time` is
+    that of the source's first frame if the frames described here are only some of them.
     """
 
     source_timestamps: Any = None
+    start_time: float | None = None
 
     @property
     def timestamps(self) -> list[float] | None:

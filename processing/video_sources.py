@@ -10,6 +10,7 @@ import io
 import os
 import re
 import stat
+from collections.abc import Mapping
 from functools import cached_property
 from urllib.parse import urlsplit
 from urllib.request import url2pathname, urlopen
@@ -122,7 +123,8 @@ def open_source(
 
     Args:
         video: a path (`str`, `os.PathLike`) of a file, a pipe or a folder of images; a URL (http, https, file,
-            data); the bytes of a file; a binary file object; or a `VideoSource`, which whoever opened it closes.
+            data); the bytes of a file; a binary file object; a row of a `datasets` Video column; or a
+            `VideoSource`, which whoever opened it closes.
         allow: what a name may lead to besides http, https and data URLs. `"file"`: local files. `"playlist"`: the
             pieces that an HLS playlist names, on the web if it is there itself, else in its own folder. Nothing else
             that a video names is ever opened.
@@ -139,8 +141,11 @@ def open_source(
         return VideoSource(
             video.name, path=video.path, data=video.data, file=video.file, spool=video.spool, owned=False
         )
+    video = encoded_video(video)
     limits = Limits.choose(max_download_bytes, max_download_seconds)
-    if isinstance(video, (bytes, bytearray, memoryview)):
+    if isinstance(video, VideoSource):
+        source = video
+    elif isinstance(video, (bytes, bytearray, memoryview)):
         source = VideoSource(f"<{memoryview(video).nbytes} bytes>", data=bytes(video))
     elif hasattr(video, "read"):
         source = _from_file_object(video, limits, progress)
@@ -155,6 +160,29 @@ def open_source(
         source.close()
         raise VideoDecodeError(f"{source.name}: the file is empty")
     return source
+
+
+def encoded_video(video):
+    """
+    The file of a row of a `datasets` Video column, which is `{"bytes", "path"}` or torchcodec's decoder for it.
+
+    Returns:
+        A path, or a `VideoSource` of the bytes; any other video unchanged, and a decoder without a file here.
+    """
+    row = video if isinstance(video, Mapping) else getattr(video, "_hf_encoded", None)
+    if not isinstance(row, Mapping) or not {"bytes", "path"} <= row.keys():
+        return video
+    data, path = row.get("bytes"), row.get("path")
+    if data is not None:
+        source = VideoSource(short(path) if path else f"<{len(data)} bytes>", data=bytes(data))
+        if not data:
+            raise VideoDecodeError(f"{source.name}: the file is empty")
+        return source
+    if row is not video and not (isinstance(path, str) and os.path.exists(path)):
+        return video
+    if path is None:
+        raise VideoDecodeError("a row of a Video column has neither bytes nor a path")
+    return path
 
 
 def _from_name(name, allow, limits: Limits, progress) -> VideoSource:

@@ -21,8 +21,10 @@ from longvlm_cli.options import (
     Progress,
     Quiet,
     Video,
+    VideoEnd,
+    VideoStart,
+    VideoStream,
     check_exists,
-    check_sampling,
     load_engine,
     opened,
     video_options,
@@ -41,6 +43,9 @@ def ask_command(
     num_frames: NumFrames = None,
     fps: Fps = None,
     max_frames: MaxFrames = None,
+    video_start: VideoStart = None,
+    video_end: VideoEnd = None,
+    video_stream: VideoStream = None,
     max_download_bytes: MaxDownloadBytes = None,
     max_download_seconds: MaxDownloadSeconds = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum length of an answer, in tokens.")] = 256,
@@ -60,7 +65,14 @@ def ask_command(
     """Ask questions about a video. The answers go to stdout."""
     if as_json and stream:
         raise ValueError("`as_json` and `stream` exclude each other; give one of them")
-    options = video_options(num_frames, fps, max_frames)
+    options = video_options(
+        num_frames=num_frames,
+        fps=fps,
+        max_frames=max_frames,
+        video_start=video_start,
+        video_end=video_end,
+        video_stream=video_stream,
+    )
     if stream and num_beams > 1:
         raise ValueError(f"`stream` cannot be combined with `num_beams` {num_beams}: a beam search decides at the end")
     if top_p is not None and temperature == 0:
@@ -71,7 +83,7 @@ def ask_command(
     if temperature > 0:
         generation |= {"do_sample": True, "temperature": temperature, "top_p": 1.0 if top_p is None else top_p}
     engine = load_engine(model, quiet=quiet, dtype=dtype.value, device=device)
-    check_sampling(options, engine)
+    engine.processor.video_processor.check_options(**options)
     untrained = getattr(engine.model.config, "untrained_parts", None)
     if untrained:
         parts = " and ".join(part.replace("_", " ") for part in untrained)

@@ -85,25 +85,27 @@ MaxDownloadSeconds = Annotated[
     float | None,
     typer.Option(help="Limit of its time, in seconds. Default: LONGVLM_MAX_DOWNLOAD_SECONDS, or 1800."),
 ]
+VideoStart = Annotated[
+    float | None, typer.Option(min=0, help="Take frames from here on only, in seconds from the first frame.")
+]
+VideoEnd = Annotated[float | None, typer.Option(min=0, help="Take frames before this time only, in seconds.")]
+VideoStream = Annotated[
+    int | None,
+    typer.Option(min=0, help="Number of the video stream in a file with several. Default: the file's own."),
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the contents of --out.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress. Warnings are still shown.")]
 WeightsDtype = Annotated[Dtype, typer.Option(help="Dtype of the written weights; auto: each as in its source.")]
 
 
-def video_options(num_frames: int | None, fps: float | None, max_frames: int | None) -> dict[str, Any]:
-    """Options of the video processor, as far as they were given."""
-    if num_frames is not None and fps is not None:
-        raise ValueError(f"`num_frames` {num_frames} and `fps` {fps} exclude each other; give one of them")
-    options = {"num_frames": num_frames, "fps": fps, "max_frames": max_frames}
-    return {name: value for name, value in options.items() if value is not None}
-
-
-def check_sampling(options: dict[str, Any], engine) -> None:
-    """Refuses a maximum number of frames that would be ignored."""
-    if "max_frames" in options and "fps" not in options and engine.processor.video_processor.fps is None:
+def video_options(**options: Any) -> dict[str, Any]:
+    """Options of the video processor, as far as they were given. It checks them; what never fits is said at once."""
+    options = {name: value for name, value in options.items() if value is not None}
+    if "num_frames" in options and "fps" in options:
         raise ValueError(
-            f"`max_frames` {options['max_frames']} needs `fps`; to choose the number of frames, give `num_frames`"
+            f"`num_frames` {options['num_frames']} and `fps` {options['fps']} exclude each other; give one of them"
         )
+    return options
 
 
 def load_engine(model: str | None, *, quiet: bool = True, **options: Any):

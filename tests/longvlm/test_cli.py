@@ -135,6 +135,20 @@ def test_options_reach_the_video_and_the_generation(longvlm, checkpoint, video):
     assert sampled[0] == sampled[1] != sampled[2]
 
 
+def test_a_window_of_the_video_is_asked_about_and_drawn(longvlm, checkpoint, video, tmp_path):
+    def ask(*options):
+        return longvlm("ask", video, "Who?", "--model", checkpoint, "--json", "--fps", 4, *options, *SHORT)
+
+    assert json.loads(ask("--video-start", 1, "--video-end", 2.5)[1])["frames"] == 6  # of 3 seconds
+    code, out, err = ask("--video-start", 3)
+    assert (code, out) == (2, "") and "--video-start 3 is past the end of the video" in err
+    code, out, err = ask("--video-start", 2, "--video-end", 1)
+    assert (code, out) == (2, "") and "--video-start 2 must be before --video-end 1" in err
+    window = ("--fps", 8, "--video-start", 1, "--video-end", 1.5, "--model", checkpoint)
+    code, _, err = longvlm("inspect", video, "--out", tmp_path / "merged.png", *window)
+    assert code == 0 and "4 frames, 1 segments" in err
+
+
 def test_quiet_says_nothing(longvlm, checkpoint, video):
     code, out, err = longvlm("ask", video, "Who?", "--model", checkpoint, "--quiet", *SHORT)
     assert (code, err) == (0, "") and out

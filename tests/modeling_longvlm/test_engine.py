@@ -76,6 +76,26 @@ def by_hand(engine, messages, **options):
 # --- answers ---
 
 
+def test_a_part_of_a_video_is_encoded_for_itself(engine, films, encoded):
+    """20 frames at 25 a second; the window has frames 5 to 14."""
+    window = {"video_start": 0.2, "video_end": 0.6}
+    features = engine.encode(films[0], num_frames=10, **window)
+    assert encoded == [10] and features.num_frames == (10,) and features.duration == (pytest.approx(0.8),)
+    first, last = features.segment_seconds[0][0, 0].item(), features.segment_seconds[0][-1, 1].item()
+    assert 0.2 <= first <= last < 0.6  # seconds of the whole video
+    messages = ask("What?", films[0], num_frames=10, **window)
+    answer = engine.generate(messages, **SHORT)
+    assert encoded == [10]
+    engine.generate(ask("What?", films[0], num_frames=10), **SHORT)
+    engine.generate(ask("What?", films[0], nframes=10, video_start=0.2), **SHORT)
+    assert encoded == [10, 10, 10]
+    assert answer == by_hand(engine, messages, **SHORT)
+    with pytest.raises(ValueError, match="video_start cannot be applied to features"):
+        engine.generate(ask("What?", features, video_start=0.2))
+    with pytest.raises(ValueError, match="`video_start` 1 is past the end"):
+        engine.generate(ask("What?", films[0], video_start=1))
+
+
 def test_one_question(engine, films):
     messages = ask("What moves?", films[0])
     answer = engine.generate(messages, **SHORT)

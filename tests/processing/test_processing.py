@@ -162,7 +162,7 @@ def test_servers_can_ask_for_token_counts(byte_level):
     [("frames_per_segment", 0), ("tokens_per_segment", 0), ("num_global_tokens", -1), ("patches_per_frame", 1.5)],
 )
 def test_impossible_numbers_are_refused(name, value):
-    with pytest.raises(ValueError, match=f"{name}={value} must be"):
+    with pytest.raises(ValueError, match=f"`{name}` is {value}; it must be a whole number"):
         make_processor(**{name: value})
 
 
@@ -280,7 +280,7 @@ ERRORS = {
         r"text 0 has 1 placeholder\(s\) .* 2 video\(s\)",
     ),
     "counts": ({"text": "<video>", "num_video_tokens": [3, 4]}, r"1 placeholder\(s\) .* 2 video\(s\)"),
-    "zero_tokens": ({"text": "<video>", "video_token_counts": 0}, r"video_token_counts=\[0\]: .* at least 1"),
+    "zero_tokens": ({"text": "<video>", "video_token_counts": 0}, "`video_token_counts` is 0; .* at least 1"),
     "both": ({"text": "<video>", "videos": video(2), "num_video_tokens": [3]}, "exclude each other"),
     "nothing": ({}, "pass at least one"),
     "empty_list": ({"text": []}, "empty list"),

@@ -62,6 +62,9 @@ def ask_command(
         raise ValueError(f"`top_p` {top_p} needs `temperature` above 0")
 
     check_exists(video)
+    for question in questions:
+        if not question.strip():
+            raise ValueError("`questions`: one of them is empty; write what you want to know about the video")
     generation: dict[str, Any] = {"max_new_tokens": max_new_tokens, "num_beams": num_beams, "do_sample": False}
     if temperature > 0:
         generation |= {"do_sample": True, "temperature": temperature, "top_p": 1.0 if top_p is None else top_p}

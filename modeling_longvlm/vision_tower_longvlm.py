@@ -223,7 +223,8 @@ def frames_for(tower: nn.Module, frames: Tensor, config) -> Tensor:
 
 def to_device_of(module: nn.Module, tensor: Tensor) -> Tensor:
     """`tensor` on the device of `module`. If accelerate has offloaded the module, its hook moves the tensor."""
-    device = next(module.parameters()).device
+    # There is no parameter where torch's dynamic quantisation has packed them all: it works on the CPU only.
+    device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
     return tensor if device.type == "meta" else tensor.to(device)
 
 

@@ -518,10 +518,6 @@ def test_what_cannot_be_loaded(tmp_path):
         (tmp_path / "odd" / "config.json").write_text(content)
         with pytest.raises(ValueError, match=message):
             longvlm.load(tmp_path / "odd")
-    (tmp_path / "adapter").mkdir()
-    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"LoRA adapter.*merge_lora"):
-        longvlm.load(tmp_path / "adapter")
     with pytest.raises(ValueError, match="is a file"):
         longvlm.load(longvlm.tiny_checkpoint() / "config.json")
     with pytest.raises(ValueError, match='"float7" is not known'):

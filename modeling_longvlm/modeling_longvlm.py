@@ -27,6 +27,7 @@ from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_longvlm import LongVLMConfig
+from .pickling_longvlm import without_capturing_hooks
 from .remote_code import code_named
 from .token_merging import merge_tokens
 from .video_state_longvlm import LongVLMVideoState
@@ -182,6 +183,9 @@ class LongVLMPreTrainedModel(PreTrainedModel):
         contained = {type(module).__name__ for module in self.modules()}
         listed = getattr(self, "_no_split_modules", None) or ()
         self._no_split_modules = {name for name in listed if name in contained}
+
+    def __getstate__(self):
+        return without_capturing_hooks(super().__getstate__())
 
     def save_pretrained(self, save_directory, **kwargs):
         """As in transformers. The folder also gets the code, and config.json names it; see `remote_code.py`."""

@@ -1,9 +1,13 @@
 """Says which file of a checkpoint is damaged. The errors of the libraries name a place in a file, and not the file."""
 
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from transformers.utils import cached_file
 
 from longvlm.files import read_json_object
 
@@ -20,7 +24,14 @@ SETTINGS = (
     "tokenizer_config.json",
     "video_preprocessor_config.json",
 )
-OTHER_TOKENIZERS = ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model")
+TOKENIZERS = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+)
 OTHER_VIDEO_PROCESSORS = ("video_preprocessor_config.json", "preprocessor_config.json")
 REMEDY = "copy, download or save the checkpoint again"
 
@@ -40,10 +51,10 @@ def check_settings(folder: Path) -> None:
 
 
 def check_files(folder: Path) -> None:
-    """Reads all files, of weights only the headers.
+    """Reads all files that a model, a tokenizer and a processor may have, of weights only the headers.
 
     Raises:
-        ValueError: one of them is damaged or missing.
+        ValueError: one of them is damaged, or a shard is missing.
     """
     check_settings(folder)
     shards: set[str] = set()
@@ -68,14 +79,64 @@ def check_files(folder: Path) -> None:
             raise ValueError(f"{file} is damaged, or holds more than tensors; {REMEDY}") from None
     if (folder / "tokenizer.json").is_file():
         _check_tokenizer(folder / "tokenizer.json")
-    elif not any((folder / name).is_file() for name in OTHER_TOKENIZERS):
-        raise ValueError(f"{folder} has no tokenizer (tokenizer.json); {REMEDY}")
     if (folder / "vocab.json").is_file():
         _read_object(folder / "vocab.json")
+
+
+def check_processor_files(folder: Path) -> None:
+    """
+    Raises:
+        ValueError: there is no tokenizer, or no video processor.
+    """
+    if not any((folder / name).is_file() for name in TOKENIZERS):
+        raise ValueError(f"{folder} has no tokenizer (tokenizer.json); {REMEDY}")
     processor = folder / "processor_config.json"
     has_video_processor = processor.is_file() and "video_processor" in _read_object(processor)
     if not has_video_processor and not any((folder / name).is_file() for name in OTHER_VIDEO_PROCESSORS):
         raise ValueError(f"{processor} is missing, or has no video_processor; {REMEDY}")
+
+
+@contextmanager
+def naming_files(
+    source: str | Path, part: str, where: Mapping[str, Any] | None = None, check: Callable[[Path], None] = check_files
+) -> Iterator[None]:
+    """
+    Turns what libraries raise on the files of a folder or Hub id into one line that names the file.
+
+    Args:
+        part: what is read: the name of a file, or of what several files make.
+        where: options of `from_pretrained` that say where to look.
+        check: reads the files that it may have been, and raises `ValueError` at a damaged one.
+
+    Raises:
+        ValueError: in place of all errors, except missing packages and too little memory, which pass.
+    """
+    try:
+        yield
+    except (ImportError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # foreign files can cause any
+        folder = local_folder(source, where)
+        if folder is not None:
+            check(folder)
+        reason = " ".join(str(error).split())
+        if isinstance(error, (ValueError, OSError)) and str(source) in reason:
+            raise
+        kind = "" if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: "
+        raise ValueError(f"the {part} of {source} cannot be used: {kind}{reason[:300]}") from error
+
+
+def local_folder(source: str | Path, where: Mapping[str, Any] | None = None) -> Path | None:
+    """Where the files of a folder or Hub id are on this machine, if they are."""
+    options = {**(where or {}), "local_files_only": True, "force_download": False}
+    for name in ("config.json", "adapter_config.json"):
+        try:
+            file = cached_file(str(source), name, _raise_exceptions_for_missing_entries=False, **options)
+        except OSError:
+            return None
+        if file is not None:
+            return Path(file).parent
+    return None
 
 
 def _read_object(file: Path) -> dict:
@@ -110,4 +171,4 @@ def _check_tokenizer(file: Path) -> None:
         raise ValueError(f"{file} is not a tokenizer: {error}; {REMEDY}") from None
 
 
-__all__ = ["check_files", "check_settings"]
+__all__ = ["check_files", "check_processor_files", "check_settings", "local_folder", "naming_files"]

@@ -1,19 +1,23 @@
 """`longvlm.load`: from a checkpoint folder or Hub id to an engine, or to one line that says why not."""
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedConfig
-from transformers.utils import cached_file
 
 from longvlm.adapters import brings_processor, read_adapter, with_adapter
 from longvlm.bundled import tiny_checkpoint
-from longvlm.checkpoint_faults import check_files, check_settings
+from longvlm.checkpoint_faults import (
+    check_files,
+    check_processor_files,
+    check_settings,
+    local_folder,
+    naming_files,
+)
 from longvlm.modeling_longvlm.configuration_longvlm import LongVLMConfig
 from longvlm.modeling_longvlm.engine_longvlm import LongVLMEngine
 from longvlm.modeling_longvlm.modeling_longvlm import LongVLMForConditionalGeneration
@@ -115,12 +119,12 @@ def load_parts(
     model = _load_model(base, dtype, options)
     processor_of = base
     if found.adapter is not None:
-        with _naming_files(found, "adapter"):
+        with found.naming_files("adapter"):
             model = with_adapter(model, found.source, found.adapter, found.where)
         processor_of = found if brings_processor(found.source, found.where) else base
-    with _naming_files(processor_of, "processor_config.json"):
+    with processor_of.naming_files("processor_config.json", _check_all):
         LongVLMVideoProcessor.from_pretrained(processor_of.source, **processor_of.where)
-    with _naming_files(processor_of, "tokenizer (tokenizer.json, tokenizer_config.json)"):
+    with processor_of.naming_files("tokenizer (tokenizer.json, tokenizer_config.json)", _check_all):
         processor = LongVLMProcessor.from_pretrained(processor_of.source, **processor_of.where)
     if processor.tokenizer.pad_token is None:
         raise ValueError(
@@ -152,12 +156,17 @@ class _Checkpoint:
 
     def folder(self) -> Path | None:
         """Where its files are on this machine, if they are."""
-        name = "config.json" if self.adapter is None else "adapter_config.json"
-        try:
-            file = cached_file(self.source, name, **{**self.where, "local_files_only": True, "force_download": False})
-        except OSError:
-            return None
-        return Path(file).parent
+        return local_folder(self.source, self.where)
+
+    def naming_files(self, part: str, check: Callable[[Path], None] = check_files):
+        """See `checkpoint_faults.naming_files`."""
+        return naming_files(self.source, part, self.where, check)
+
+
+def _check_all(folder: Path) -> None:
+    """See `check_files` and `check_processor_files`."""
+    check_files(folder)
+    check_processor_files(folder)
 
 
 def _find(source: str, where: dict[str, Any]) -> _Checkpoint:
@@ -213,15 +222,15 @@ def _find_base(adapter: _Checkpoint) -> _Checkpoint:
 
 def _load_model(found: _Checkpoint, dtype, options: dict[str, Any]) -> LongVLMForConditionalGeneration:
     # First what is quickly read, so that an error names the file.
-    with _naming_files(found, "config.json"):
+    with found.naming_files("config.json"):
         LongVLMConfig.from_pretrained(found.source, **found.where)
     folder = found.folder()
     if folder is not None and (folder / "generation_config.json").is_file():
-        with _naming_files(found, "generation_config.json"):
+        with found.naming_files("generation_config.json"):
             GenerationConfig.from_pretrained(folder)
     if not found.is_quantized and options.get("quantization_config") is None:
         options = {"ignore_mismatched_sizes": True, **options}  # they are named below
-    with _naming_files(found, "weights"):
+    with found.naming_files("weights"):
         model, loading = LongVLMForConditionalGeneration.from_pretrained(
             found.source, dtype=dtype, output_loading_info=True, **found.where, **options
         )
@@ -237,24 +246,6 @@ def _load_model(found: _Checkpoint, dtype, options: dict[str, Any]) -> LongVLMFo
             "; copy, download or save the checkpoint again"
         )
     return model
-
-
-@contextmanager
-def _naming_files(found: _Checkpoint, part: str) -> Iterator[None]:
-    """Turns what the libraries raise on a checkpoint's files into one line that names the file."""
-    try:
-        yield
-    except (ImportError, MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:  # foreign files can cause any
-        folder = found.folder()
-        if folder is not None:
-            check_files(folder)
-        reason = " ".join(str(error).split())
-        if isinstance(error, (ValueError, OSError)) and found.source in reason:
-            raise
-        kind = "" if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: "
-        raise ValueError(f"the {part} of {found.source} cannot be used: {kind}{reason[:300]}") from error
 
 
 def _dtype_of(dtype: str | torch.dtype, config: dict[str, Any]) -> torch.dtype | None:

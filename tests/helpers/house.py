@@ -24,6 +24,7 @@ OUTSIDE = ("recipes", "examples", "benchmarks", "tests")
 
 # What each room may import besides itself. `longvlm` alone is the face, `import longvlm`.
 BASE = {"longvlm.modeling_longvlm", "longvlm.processing", "longvlm.registration", "longvlm.files", "longvlm.lazy"}
+BASE |= {"longvlm.checkpoint_faults"}
 MAY_IMPORT: dict[str, set[str]] = {
     "longvlm.modeling_longvlm": set(),
     "longvlm.processing": set(),

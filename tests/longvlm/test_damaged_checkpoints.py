@@ -8,9 +8,11 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import CLIPVisionModel
 
 import longvlm
-from tests.helpers.tiny_models import save_tiny_longvlm, tiny_longvlm
+from longvlm.conversion.assemble import assemble
+from tests.helpers.tiny_models import save_tiny_llm, save_tiny_longvlm, tiny_longvlm, tiny_vision_config
 
 FILES = (
     "chat_template.jinja",
@@ -164,6 +166,47 @@ def test_damaged_weights_of_torch_are_named_and_run_nothing(whole, copy_of, tmp_
     file.write_bytes(pickle.dumps(Evil()) if damage == "a pickle" else DAMAGE[damage](file.read_bytes()))
     assert str(file) in line_about(folder)
     assert not (tmp_path / "evil").exists()
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    """A language model and a vision encoder, for `assemble`."""
+    folder = tmp_path_factory.mktemp("parts")
+    save_tiny_llm(folder / "language")
+    CLIPVisionModel(tiny_vision_config()).save_pretrained(folder / "vision")
+    return folder
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize(
+    ("part", "name"),
+    [
+        ("language", "config.json"),
+        ("language", "generation_config.json"),
+        ("language", "model.safetensors"),
+        ("language", "tokenizer.json"),
+        ("language", "tokenizer_config.json"),
+        ("vision", "config.json"),
+        ("vision", "model.safetensors"),
+    ],
+)
+def test_a_damaged_file_of_a_part_is_named(parts, copy_of, tmp_path, part, name, damage):
+    folders = {"language": parts / "language", "vision": parts / "vision"} | {part: copy_of(parts / part)}
+    file = folders[part] / name
+    file.write_bytes(DAMAGE[damage](file.read_bytes()))
+    with pytest.raises((ValueError, OSError)) as error:
+        assemble(folders["vision"], folders["language"], tmp_path / "out", num_global_layers=2)
+    assert str(file) in str(error.value) and "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_language_model_that_lacks_a_tensor_is_refused(parts, copy_of, tmp_path):
+    folder = copy_of(parts / "language")
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.norm.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"missing 1 weights of LlamaForCausalLM, for example model\.norm\.weight"):
+        assemble(parts / "vision", folder, tmp_path / "out", num_global_layers=2)
 
 
 def test_the_command_line_says_it_in_one_line(whole, copy_of, monkeypatch, capfd, tmp_path):

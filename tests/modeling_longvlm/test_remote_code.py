@@ -28,6 +28,7 @@ CODE = {
     "engine_longvlm.py",
     "feature_cache_longvlm.py",
     "modeling_longvlm.py",
+    "pickling_longvlm.py",
     "pipeline_longvlm.py",
     "processing_longvlm.py",
     "remote_code.py",

@@ -298,7 +298,7 @@ class LongVLMEngine:
             raise ValueError(f"choices must be non-empty strings, got {choices!r:.200}")
         if messages[-1]["role"] == "assistant":
             raise ValueError("the conversation ends with an answer: leave out the assistant's last message")
-        answered = [[*messages, {"role": "assistant", "content": choice}] for choice in choices]
+        answered: list[list] = [[*messages, {"role": "assistant", "content": choice}] for choice in choices]
         template = chat_template, chat_template_kwargs
         messages, videos = self._take_videos(messages)
         text = self._num_text_tokens(self._render(messages, template), len(videos))

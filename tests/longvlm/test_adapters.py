@@ -86,6 +86,15 @@ def test_an_adapter_is_loaded_with_its_base(world, film):
     assert alone.logprobs != pytest.approx(expected, abs=1e-2)
 
 
+def test_an_engine_takes_a_model_of_peft_as_it_is(world, film):
+    expected = longvlm.load(world / "adapter", device="cpu").generate(ask(film), **SHORT)
+    base = LongVLMForConditionalGeneration.from_pretrained(world / "base")
+    model = peft.PeftModel.from_pretrained(base, world / "adapter").eval()
+    engine = longvlm.LongVLMEngine(model, longvlm.LongVLMProcessor.from_pretrained(world / "base"))
+    answer = engine.generate(ask(film), **SHORT)
+    assert answer.token_ids == expected.token_ids and answer.logprobs == pytest.approx(expected.logprobs, abs=1e-4)
+
+
 def test_what_the_adapter_has_trained_no_longer_counts_as_untrained(world):
     assert longvlm.load(world / "base").model.config.untrained_parts == ["multi_modal_projector"]
     assert longvlm.load(world / "adapter").model.config.untrained_parts == []

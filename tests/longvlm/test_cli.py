@@ -217,6 +217,12 @@ def bad(tmp_path, checkpoint, video):
         ("ask VIDEO Who? --model MODEL --json --stream", "exclude each other"),
         ("ask VIDEO Who? --model MODEL --top-p 0.5", "--temperature"),
         ("ask VIDEO Who? --model MODEL --max-new-tokens 0", "--max-new-tokens"),
+        (
+            "ask VIDEO Who? --model MODEL --max-new-tokens 4000",
+            "takes 2,048 in all: shorten the text or lower --max-new",
+        ),
+        ("ask VIDEO Who? --model MODEL --seed -1", "--seed"),
+        ("ask VIDEO Who? --model MODEL --load-in-4bit --load-in-8bit", "--load-in-8bit exclude each other"),
         ("ask VIDEO Who? --model MODEL --colour", "--colour"),
         ("extract VIDEO --out TMP/features --fps 1 --num-frames 3", "exclude each other"),
         ("publish --repo-id me/it", "DIR"),

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -11,6 +12,9 @@ from torch import nn
 from transformers import BitsAndBytesConfig
 
 import longvlm
+from longvlm.features.extract import extract_features
+from longvlm.features.fingerprint import feature_metadata
+from longvlm.features.store import FeatureReader
 from longvlm.modeling_longvlm.engine_longvlm import LongVLMEngine
 from longvlm.quantization import NOT_QUANTIZED
 from tests.helpers.documents import page_text
@@ -164,6 +168,53 @@ def test_quanto(folder, weights):
     assert found.pooler_output[0].dtype == torch.float32
     assert 0 < relative_error(found.pooler_output[0], expected.pooler_output[0]) < 0.2
     check_answers(engine, found)
+
+
+def dynamic(engine):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        engine.model = torch.ao.quantization.quantize_dynamic(engine.model, {nn.Linear})
+    return engine
+
+
+def torchao_(engine):
+    torchao = pytest.importorskip("torchao.quantization")
+    torchao.quantize_(engine.model, torchao.Int8WeightOnlyConfig())
+    return engine
+
+
+def quanto_config():
+    pytest.importorskip("optimum.quanto")
+    from transformers import QuantoConfig
+
+    return QuantoConfig(weights="int8")
+
+
+@pytest.mark.parametrize(
+    "load",
+    [
+        lambda load: load(quantization_config=BitsAndBytesConfig(load_in_4bit=True)),
+        lambda load: load(quantization_config=BitsAndBytesConfig(load_in_8bit=True)),
+        lambda load: dynamic(load()),
+        lambda load: torchao_(load()),
+        lambda load: load(quantization_config=quanto_config()),
+    ],
+    ids=["bitsandbytes 4", "bitsandbytes 8", "dynamic", "torchao", "quanto"],
+)
+def test_features_of_a_quantised_encoder_are_stored_as_those_of_another(folder, film, tmp_path, load):
+    def metadata(engine):
+        return feature_metadata(engine.model, engine.processor.video_processor)
+
+    load_whole = partial(longvlm.load, folder, device="cpu")
+    whole = metadata(load_whole())
+    assert metadata(load_whole(load_in_4bit=True)) == whole  # its encoder is the same
+    engine = load(load_whole)
+    assert metadata(engine)["encoder_weights"] not in (whole["encoder_weights"], None)
+    assert metadata(engine) == metadata(load(load_whole))
+    extract_features([film], tmp_path / "features", model=engine.model, processor=engine.processor)
+    features = FeatureReader(tmp_path / "features")["film"]
+    expected = engine.encode(film).local_features[0]
+    torch.testing.assert_close(features.local_features, expected.to(features.local_features))
 
 
 # --- the command line ---

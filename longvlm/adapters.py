@@ -1,13 +1,16 @@
 """LoRA adapters: a folder of peft (`adapter_config.json`) that changes a model which lies elsewhere, its base."""
 
 import warnings
+from pathlib import Path
 from typing import Any
 
+from huggingface_hub import snapshot_download
 from transformers.utils import cached_file
 
 from longvlm.files import read_json_object
 
 CONFIG = "adapter_config.json"
+FILES = ["*.json", "*.jinja", "*.model", "*.txt", "adapter_model.*"]
 
 
 def read_adapter(source: str, where: dict[str, Any]) -> dict[str, Any] | None:
@@ -36,13 +39,29 @@ def read_adapter(source: str, where: dict[str, Any]) -> dict[str, Any] | None:
     return config
 
 
-def with_adapter(model, source: str, config: dict[str, Any], where: dict[str, Any]):
+def adapter_folder(source: str, where: dict[str, Any]) -> Path:
+    """The local folder of an adapter; one on the Hub is downloaded, since it is small.
+
+    Args:
+        where: as in `read_adapter`.
+
+    Raises:
+        OSError: it cannot be downloaded.
+    """
+    options = {name: value for name, value in where.items() if name != "subfolder"}
+    folder = (
+        Path(source) if Path(source).is_dir() else Path(snapshot_download(source, allow_patterns=FILES, **options))
+    )
+    return folder / where.get("subfolder", "")
+
+
+def with_adapter(model, folder: Path, config: dict[str, Any]):
     """
     The model with an adapter: merged into its weights, or beside them if they are quantised.
 
     Args:
         model: the adapter's base.
-        source: folder or Hub id of the adapter.
+        folder: of `adapter_folder`.
         config: of `read_adapter`.
 
     Raises:
@@ -52,20 +71,20 @@ def with_adapter(model, source: str, config: dict[str, Any], where: dict[str, An
     try:
         from peft import PeftModel
     except ImportError:
-        raise ImportError(f"{source} is a LoRA adapter, which needs the package peft: pip install peft") from None
+        raise ImportError(f"{folder} is a LoRA adapter, which needs the package peft: pip install peft") from None
     try:
         with warnings.catch_warnings():
             # Otherwise peft would leave random weights in their place.
             warnings.filterwarnings("error", message="Found missing adapter keys")
-            adapted = PeftModel.from_pretrained(model, source, **where)
+            adapted = PeftModel.from_pretrained(model, folder)
     except (ValueError, RuntimeError, KeyError, TypeError, AttributeError, Warning) as error:
         reason = " ".join(str(error).split())
         reason = reason if len(reason) < 200 else f"{reason[:200]}..."
         base = config["base_model_name_or_path"]
-        raise ValueError(f"{source} is not an adapter that fits {base}: {type(error).__name__}: {reason}") from error
+        raise ValueError(f"{folder} is not an adapter that fits {base}: {type(error).__name__}: {reason}") from error
     if not hasattr(adapted.base_model, "merge_and_unload"):
         raise ValueError(
-            f"{source} is an adapter of the kind {config.get('peft_type')}, not a LoRA; merge it with peft"
+            f"{folder} is an adapter of the kind {config.get('peft_type')}, not a LoRA; merge it with peft"
         )
     model = adapted.get_base_model() if getattr(model, "is_quantized", False) else adapted.merge_and_unload()
     untrained = getattr(model.config, "untrained_parts", None)
@@ -76,10 +95,9 @@ def with_adapter(model, source: str, config: dict[str, Any], where: dict[str, An
     return model
 
 
-def brings_processor(source: str, where: dict[str, Any]) -> bool:
+def brings_processor(folder: Path) -> bool:
     """Whether an adapter has a tokenizer and a video processor of its own, as those of `longvlm train` do."""
-    names = ("tokenizer_config.json", "processor_config.json")
-    return all(cached_file(source, name, _raise_exceptions_for_missing_entries=False, **where) for name in names)
+    return all((folder / name).is_file() for name in ("tokenizer_config.json", "processor_config.json"))
 
 
-__all__ = ["brings_processor", "read_adapter", "with_adapter"]
+__all__ = ["adapter_folder", "brings_processor", "read_adapter", "with_adapter"]

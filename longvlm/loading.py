@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedConfig
 
-from longvlm.adapters import brings_processor, read_adapter, with_adapter
+from longvlm.adapters import adapter_folder, brings_processor, read_adapter, with_adapter
 from longvlm.bundled import tiny_checkpoint
 from longvlm.checkpoint_faults import (
     check_files,
@@ -120,8 +120,10 @@ def load_parts(
     processor_of = base
     if found.adapter is not None:
         with found.naming_files("adapter"):
-            model = with_adapter(model, found.source, found.adapter, found.where)
-        processor_of = found if brings_processor(found.source, found.where) else base
+            folder = adapter_folder(found.source, found.where)
+            model = with_adapter(model, folder, found.adapter)
+        if brings_processor(folder):
+            processor_of = _Checkpoint(str(folder), {}, {}, found.adapter)
     with processor_of.naming_files("processor_config.json", _check_all):
         LongVLMVideoProcessor.from_pretrained(processor_of.source, **processor_of.where)
     with processor_of.naming_files("tokenizer (tokenizer.json, tokenizer_config.json)", _check_all):

@@ -121,6 +121,24 @@ def test_the_processor_is_the_adapters_or_else_the_bases(copied, film):
     assert longvlm.load(copied / "adapter", device="cpu").generate(ask(film), **SHORT) == expected
 
 
+def test_an_adapter_on_the_hub_finds_its_base_there(copied, film, tmp_path):
+    expected = longvlm.load(copied / "adapter", device="cpu").generate(ask(film), **SHORT)
+    edit(copied / "adapter", base_model_name_or_path="me/base")
+    for name in ("base", "adapter"):  # as downloads lie in the cache
+        repository = tmp_path / "cache" / f"models--me--{name}"
+        shutil.copytree(copied / name, repository / "snapshots" / ("0" * 40))
+        (repository / "refs").mkdir()
+        (repository / "refs" / "main").write_text("0" * 40)
+    cached = {"cache_dir": tmp_path / "cache", "device": "cpu"}
+    assert longvlm.load("me/adapter", **cached).generate(ask(film), **SHORT) == expected
+    weights = repository.parent / "models--me--base" / "snapshots" / ("0" * 40) / "model.safetensors"
+    cut(weights)
+    for source in ("me/base", "me/adapter"):
+        with pytest.raises(ValueError, match=r"model\.safetensors is damaged") as error:
+            longvlm.load(source, **cached)
+        assert str(weights) in str(error.value)
+
+
 @pytest.fixture
 def run(monkeypatch, capfd):
     from longvlm_cli import app as cli

@@ -9,11 +9,11 @@ FLOOR  := 5.17
 OLD    := $(CURDIR)/.cache/transformers-$(FLOOR)
 PYTEST  = $(BIN)/python -m pytest $(if $(SLOW),--slow) $(ARGS)
 
-.PHONY: help setup demo test test-floor test-newest test-matrix test-suites lint style types bench smollm2 tiny ablations clean
+.PHONY: help setup demo test test-floor test-newest test-matrix test-suites test-quantizers lint style types bench smollm2 tiny ablations clean
 
 help:
 	@sed -n 's/^# make /make /p' Makefile
-	@echo "also: make lint | style | test-matrix | test-suites | bench | tiny | ablations | smollm2 | clean"
+	@echo "also: make lint | style | test-matrix | test-suites | test-quantizers | bench | tiny | ablations | smollm2 | clean"
 
 setup: $(STAMP)
 
@@ -50,6 +50,17 @@ SUITES = $(BIN)/python -m tests.helpers.transformers_suites && $(BIN)/python -m 
 test-suites: $(OLD)/.complete
 	export PYTHONPATH=$(OLD) && $(SUITES) $(ARGS)
 	$(SUITES) $(ARGS)
+
+# Further libraries that quantise weights. They are in a folder of their own: transformers imports torchao wherever it
+# finds it, which takes seconds.
+QUANTIZERS := $(CURDIR)/.cache/quantizers
+$(QUANTIZERS)/.complete: Makefile | $(STAMP)
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(QUANTIZERS) torchao optimum-quanto ninja
+	touch $@
+
+test-quantizers: $(QUANTIZERS)/.complete
+	PYTHONPATH=$(QUANTIZERS) $(BIN)/python -c "import torchao, optimum.quanto"
+	PYTHONPATH=$(QUANTIZERS) $(BIN)/python -m pytest tests/modeling_longvlm/test_quantized.py
 
 lint: $(STAMP) types
 	$(BIN)/ruff check .

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from longvlm.checkpoint_faults import check_settings, local_folder, naming_files
 from longvlm.conversion.hub import short_name
 from longvlm.conversion.parts import LanguagePart
 
@@ -22,7 +23,7 @@ def load_language(
         dtype: of the weights; `None`: as saved (GGUF: float32).
 
     Raises:
-        ValueError: it is not a plain language model, or is quantised.
+        ValueError: it is not a plain language model, is quantised, or a file of it is damaged or incomplete.
         OSError: nothing can be loaded from there.
     """
     path = Path(source)
@@ -32,18 +33,32 @@ def load_language(
         source, gguf_file = path.parent, path.name
     options: dict[str, Any] = {} if gguf_file is None else {"gguf_file": gguf_file}
     # Checked before the weights are loaded, which costs minutes and gigabytes.
-    config = AutoConfig.from_pretrained(source, **options)
+    with naming_files(source, "config.json"):
+        config = AutoConfig.from_pretrained(source, **options)
     if config.get_text_config() is not config:
         raise ValueError(
             f"{source} is a {config.model_type} model with parts of its own, not a plain language model; "
             "give the causal language model alone"
         )
-    tokenizer = AutoTokenizer.from_pretrained(source, **options)
-    model = AutoModelForCausalLM.from_pretrained(
-        source, dtype=dtype or (torch.float32 if gguf_file else "auto"), **options
-    ).eval()
+    if (folder := local_folder(source)) is not None:
+        check_settings(folder)
+    with naming_files(source, "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    with naming_files(source, "weights"):
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=dtype or (torch.float32 if gguf_file else "auto"),
+            output_loading_info=True,
+            **options,
+        )
+    if info["missing_keys"]:  # transformers has put random numbers in their place
+        missing = sorted(info["missing_keys"])
+        raise ValueError(
+            f"{source} is missing {len(missing)} weights of {type(model).__name__}, for example {missing[0]}; "
+            "give the folder or Hub id of a complete language model"
+        )
     _forget_quantisation_of_gguf(model)
-    return LanguagePart(model, tokenizer, short_name(gguf_file.removesuffix(".gguf") if gguf_file else source))
+    return LanguagePart(model.eval(), tokenizer, short_name(gguf_file.removesuffix(".gguf") if gguf_file else source))
 
 
 def _forget_quantisation_of_gguf(model: PreTrainedModel) -> None:

@@ -18,6 +18,7 @@ from transformers.image_utils import (
 )
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
+from longvlm.checkpoint_faults import naming_files
 from longvlm.conversion.hub import short_name
 from longvlm.conversion.openclip_vision import PREFIX, load_open_clip_by_name
 from longvlm.conversion.parts import VisionPart
@@ -39,8 +40,10 @@ def load_vision(source: str | Path, *, dtype: torch.dtype | None = None) -> Visi
     """
     if str(source).startswith(PREFIX):
         return load_open_clip_by_name(str(source), dtype=dtype)
-    tower = _tower_config(AutoConfig.from_pretrained(source), str(source))
-    with torch.random.fork_rng(devices=[]):
+    with naming_files(source, "config.json"):
+        config = AutoConfig.from_pretrained(source)
+    tower = _tower_config(config, str(source))
+    with torch.random.fork_rng(devices=[]), naming_files(source, "weights"):
         torch.manual_seed(0)
         # Not AutoModel.from_pretrained: it would build the whole CLIP, text tower included.
         model, info = MODEL_MAPPING[type(tower)].from_pretrained(

@@ -5,7 +5,7 @@ The encoder's weights, the preprocessing and the merging decide the features; th
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -63,9 +63,11 @@ def feature_metadata(model, video_processor, video_options: Mapping[str, Any] | 
     config = model.config
     digest = hashlib.sha256()
     tower = model.base_model.vision_tower if hasattr(model.base_model, "vision_tower") else model.vision_tower
-    for name, tensor in sorted(tower.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes())
+    for name, value in sorted(tower.state_dict().items()):
+        for tensor in _tensors_in(value):
+            digest.update(f"{name} {tuple(tensor.shape)}".encode())
+            tensor = tensor.to("cpu", torch.bfloat16).contiguous().flatten()
+            digest.update(tensor.view(torch.uint8).numpy().tobytes())
     options = dict(video_options or {})
     if options.get("num_frames") is not None or options.get("fps") is not None:
         options = {"num_frames": None, "fps": None, **options}
@@ -82,6 +84,16 @@ def feature_metadata(model, video_processor, video_options: Mapping[str, Any] | 
         **values,
     }
     return json.loads(json.dumps(metadata, default=_as_json))
+
+
+def _tensors_in(value: Any) -> Iterator[Tensor]:
+    """What a state dict holds under one name, as ordinary tensors: quantisers also put tuples and types there."""
+    if isinstance(value, Tensor):
+        of_torchao = type(value).__module__.startswith("torchao.")
+        yield value.dequantize() if value.is_quantized or of_torchao else value.detach()
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors_in(item)
 
 
 def _as_json(value: Any) -> Any:

@@ -194,6 +194,20 @@ class LongVLMConfig(PreTrainedConfig):
         """How many global tokens a video gets: E, or 0 if `global_placement` is `"none"`."""
         return 0 if self.global_placement == "none" else self.num_global_layers
 
+    @property
+    def context_length(self) -> int | None:
+        """How many tokens the LLM can take, prompt and answer together; `None` if nothing limits them (Mamba, ALiBi).
+
+        Configurations with scaled rotary positions name either the trained or the extended length: the larger counts.
+        """
+        text = self.text_config
+        limit = getattr(text, "max_position_embeddings", None) or 0
+        scaling = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+        if scaling.get("rope_type", scaling.get("type")) in ("linear", "dynamic", "yarn"):
+            trained = scaling.get("original_max_position_embeddings") or limit
+            limit = max(limit, int(trained * (scaling.get("factor") or 1)))
+        return limit if limit > 0 and not getattr(text, "alibi", False) else None
+
     def segment_length(self, num_frames: int) -> int:
         """K of a video with `num_frames` frames."""
         return self.frames_per_segment

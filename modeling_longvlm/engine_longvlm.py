@@ -187,20 +187,22 @@ class LongVLMEngine:
             answer is a list.
 
         Raises:
-            ValueError: the messages do not have this form.
+            ValueError: the messages do not have this form, ask nothing, or do not fit into the LLM's context with
+                their videos and `max_new_tokens`.
             VideoDecodeError: a video cannot be read.
         """
         conversations, is_batch = _as_conversations(messages, self.processor)
         if max_new_tokens is not None:
             generate_kwargs["max_new_tokens"] = max_new_tokens
-        generate_kwargs = plain_generation_options(generate_kwargs)
+        options = self._with_defaults(plain_generation_options(generate_kwargs))
+        template = chat_template, chat_template_kwargs
         try:
-            prompt = self._prepare(conversations, progress, should_stop, chat_template, chat_template_kwargs)
+            prompt = self._prepare(conversations, options, progress, should_stop, template)
         except _Stopped:
-            each = self._setting(generate_kwargs, "num_return_sequences") or 1
+            each = self._setting(options, "num_return_sequences") or 1
             answers = [[Answer("", [], [], "cancelled", 0) for _ in range(each)] for _ in conversations]
         else:
-            answers = self._answer(prompt, should_stop, generate_kwargs, return_details, return_full_text)
+            answers = self._answer(prompt, should_stop, options, return_details, return_full_text)
         results: list[Any] = [several if return_details else [one.text for one in several] for several in answers]
         results = [several[0] if len(several) == 1 else several for several in results]
         return results if is_batch else results[0]
@@ -289,7 +291,8 @@ class LongVLMEngine:
             Log-likelihoods (natural logarithm), one for each choice.
 
         Raises:
-            ValueError: there are no choices, one is not text, or the conversation already ends with an answer.
+            ValueError: there are no choices, one is not text, the conversation already ends with an answer, or it does
+                not fit into the LLM's context with its videos and a choice.
         """
         conversations, is_batch = _as_conversations(messages, self.processor)
         if is_batch:
@@ -300,12 +303,16 @@ class LongVLMEngine:
             raise ValueError(f"choices must be non-empty strings, got {choices!r:.200}")
         if messages[-1]["role"] == "assistant":
             raise ValueError("the conversation ends with an answer: leave out the assistant's last message")
-        answered = [[*messages, {"role": "assistant", "content": choice}] for choice in choices]
+        answered: list[list] = [[*messages, {"role": "assistant", "content": choice}] for choice in choices]
         template = chat_template, chat_template_kwargs
-        messages, features = self._take_features(messages, progress, None)
-        answered = [self.processor.take_videos(one)[0] for one in answered]
+        messages, videos = self._take_videos(messages)
+        text = self._num_text_tokens(self._render(messages, template), len(videos))
+        features = self._features_of_all(videos, text, None, progress, None)
+        answered = [self._take_videos(one)[0] for one in answered]
         prompt_ids = self._token_ids(messages, features, template)
         choice_ids = [self._token_ids(one, features, template) for one in answered]
+        for ids in choice_ids:
+            self._check_fits(len(ids), 0, None)
 
         starts = [max(_common_length(prompt_ids, ids), 1) for ids in choice_ids]
         ends = [self._end_of_turn(ids, start) for ids, start in zip(choice_ids, starts, strict=True)]
@@ -331,20 +338,76 @@ class LongVLMEngine:
 
     # --- from messages to the model's input ---
 
-    def _take_features(self, messages, progress, should_stop) -> tuple[list[dict], Any]:
-        """-> the conversation with empty video parts, and the features of all its videos (`None`: no video)."""
+    def _take_videos(self, messages) -> tuple[list[dict], list]:
+        """-> the conversation with empty video parts, and its videos with their options."""
         messages, videos = self.processor.take_videos(messages)
-        features, check = [], None if should_stop is None else partial(_raise_if, should_stop)
         for part in videos:
             if part.video is None:
                 raise ValueError('a video part comes without a video: write {"type": "video", "video": ...}')
-            features.append(self._features_of(part.video, part.options, _stoppable(progress, should_stop), check))
-        return messages, type(features[0]).cat(features) if features else None
+        if messages[-1]["role"] == "user" and _is_blank(messages[-1].get("content")):
+            raise ValueError("the question is empty: the last message needs text that asks something")
+        return messages, videos
 
-    def _prepare(self, conversations, progress, should_stop, chat_template, chat_template_kwargs) -> dict[str, Any]:
-        taken = [self._take_features(messages, progress, should_stop) for messages in conversations]
-        texts = [self._render(messages, chat_template, chat_template_kwargs) for messages, _ in taken]
-        with_video = [features for _, features in taken if features is not None]
+    def _features_of_all(self, videos: Sequence, text_tokens: int, options: Mapping | None, progress, should_stop):
+        """The features of all videos of a conversation (`None`: it has none), encoded while the LLM has room for them.
+
+        Args:
+            text_tokens: tokens in the rest of the prompt.
+            options: of the generation; `None`: nothing is generated.
+        """
+        features: list[Any] = []
+        check = None if should_stop is None else partial(_raise_if, should_stop)
+        self._check_fits(text_tokens, 0, options)
+        config, taken = self.model.config, 0
+        for part in videos:
+            # Before the first frame is encoded it is known how many there will be.
+            room = partial(self._check_room, text_tokens, taken, options)
+            report = _stoppable(_checking(progress, room), should_stop)
+            features.append(self._features_of(part.video, part.options, report, check))
+            taken += sum(features[-1].num_tokens(config))
+            self._check_fits(text_tokens, taken, options)
+        return type(features[0]).cat(features) if features else None
+
+    def _check_room(self, text_tokens: int, video_tokens: int, options: Mapping | None, num_frames: int) -> None:
+        """As `_check_fits`, with one more video of `num_frames` frames."""
+        self._check_fits(text_tokens, video_tokens + self.model.config.num_video_tokens(num_frames), options)
+
+    def _check_fits(self, text_tokens: int, video_tokens: int, options: Mapping | None) -> None:
+        """
+        Raises:
+            ValueError: prompt and answer are longer than the LLM's context.
+        """
+        limit, prompt = self.model.config.context_length, text_tokens + video_tokens
+        answer = 0 if options is None else self._longest_answer(prompt, options)
+        if limit is None or prompt + answer <= limit:
+            return
+        parts, remedies = [f"the prompt has {prompt:,} tokens"], ["shorten the text"]
+        if video_tokens:
+            parts.append(f"{video_tokens:,} of them for videos")
+            remedies.append("take fewer frames")
+        if answer:
+            parts.append(f"its answer up to {answer:,}")
+            remedies += ["lower `max_new_tokens`"] if prompt < limit else []
+        raise ValueError(f"{', '.join(parts)}, but the language model takes {limit:,} in all: {' or '.join(remedies)}")
+
+    def _longest_answer(self, prompt_tokens: int, options: Mapping) -> int:
+        """The number of tokens after which a generation with these options ends."""
+        new_tokens = self._setting(options, "max_new_tokens")
+        if new_tokens is None:  # `max_length` includes the prompt
+            new_tokens = max((self._setting(options, "max_length") or 0) - prompt_tokens, 0)
+        return new_tokens
+
+    def _prepare(self, conversations, options: Mapping, progress, should_stop, template) -> dict[str, Any]:
+        taken = [self._take_videos(messages) for messages in conversations]
+        texts = [self._render(messages, template) for messages, _ in taken]
+        lengths = [self._num_text_tokens(text, len(videos)) for text, (_, videos) in zip(texts, taken, strict=True)]
+        for length in lengths:  # of all, before the first video is encoded
+            self._check_fits(length, 0, options)
+        encoded = [
+            self._features_of_all(videos, length, options, progress, should_stop)
+            for (_, videos), length in zip(taken, lengths, strict=True)
+        ]
+        with_video = [features for features in encoded if features is not None]
         features = type(with_video[0]).cat(with_video) if with_video else None
         counts = [] if features is None else features.num_tokens(self.model.config)
         with self._tokenizer_lock:
@@ -353,7 +416,14 @@ class LongVLMEngine:
             ).to(self.model.device)
         return {**inputs} if features is None else {**inputs, "video_features": features}
 
-    def _render(self, messages, chat_template=None, chat_template_kwargs=None) -> str:
+    def _num_text_tokens(self, text: str, num_videos: int) -> int:
+        """How many tokens a prompt has without those of its videos."""
+        with self._tokenizer_lock:
+            ids = self.processor(text=[text], num_video_tokens=[1] * num_videos)["input_ids"][0]
+        return len(ids) - num_videos
+
+    def _render(self, messages, template) -> str:
+        chat_template, variables = template
         continues = messages[-1]["role"] == "assistant"
         options = {} if chat_template is None else {"chat_template": chat_template}
         return self.processor.apply_chat_template(
@@ -362,14 +432,14 @@ class LongVLMEngine:
             continue_final_message=continues,
             tokenize=False,
             **options,
-            **(chat_template_kwargs or {}),
+            **(variables or {}),
         )
 
     # --- generation ---
 
     def _answer(self, prompt: dict, should_stop, options: dict, with_logprobs: bool, full_text: bool):
         """The `Answer`s of each conversation, in order."""
-        options = self._with_defaults(options)
+        options = dict(options)
         stopping = _StopWhenAsked(should_stop)
         options["stopping_criteria"] = StoppingCriteriaList([*(options.get("stopping_criteria") or []), stopping])
         if self._setting(options, "stop_strings") is not None:
@@ -404,6 +474,8 @@ class LongVLMEngine:
             options["max_new_tokens"] = DEFAULT_MAX_NEW_TOKENS
         if self._setting(options, "pad_token_id") is None:
             options["pad_token_id"] = self.processor.tokenizer.pad_token_id
+        if "stop_strings" in options:
+            options["stop_strings"] = _as_stop_strings(options["stop_strings"])
         return options
 
     def _setting(self, options: Mapping, name: str):
@@ -535,6 +607,35 @@ def _is_known_by_content(video) -> bool:
         path = os.fsdecode(video)
         return "://" in path[:16] or (os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path))
     return hasattr(video, "digest")
+
+
+def _checking(progress: Progress | None, check_frames: Callable[[int], None]) -> Progress:
+    """Calls `check_frames` with a video's number of frames, which may raise, before they are encoded."""
+    checked = False
+
+    def report(stage: str, done: int, total: int) -> None:
+        nonlocal checked
+        if not checked and total and stage == "decode":
+            check_frames(total)
+            checked = True
+        if progress is not None:
+            progress(stage, done, total)
+
+    return report
+
+
+def _as_stop_strings(strings) -> list[str] | None:
+    listed = strings if isinstance(strings, (list, tuple)) else [] if strings is None else [strings]
+    if not all(isinstance(string, str) and string for string in listed):
+        raise ValueError(f"stop_strings must be text, or a list of texts that are not empty, got {strings!r:.80}")
+    return list(listed) or None
+
+
+def _is_blank(content) -> bool:
+    """Whether a message's content, text or a list of parts, has nothing to read: white space, zero-width marks."""
+    parts = [content] if isinstance(content, str) else content or ()
+    texts = [part if isinstance(part, str) else part.get("text") or "" for part in parts]
+    return not any(char.isprintable() and not char.isspace() for text in texts for char in text)
 
 
 def _are_features(video) -> bool:

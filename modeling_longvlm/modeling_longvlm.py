@@ -27,6 +27,7 @@ from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_longvlm import LongVLMConfig
+from .pickling_longvlm import without_capturing_hooks
 from .plain_numbers import plain_generation_config, plain_generation_options, whole_number
 from .remote_code import code_named
 from .token_merging import merge_tokens
@@ -153,8 +154,19 @@ class LongVLMMultiModalProjector(nn.Module):
         self.linear_2 = nn.Linear(width, width) if config.projector_type == "mlp2x_gelu" else None
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        hidden_states = self.linear_1(hidden_states.to(self.linear_1.weight.dtype))
+        hidden_states = self.linear_1(hidden_states.to(_input_dtype(self.linear_1)))
         return hidden_states if self.linear_2 is None else self.linear_2(nn.functional.gelu(hidden_states))
+
+
+def _input_dtype(layer: nn.Module) -> torch.dtype:
+    """The dtype in which a linear layer, quantised or not, takes its input.
+
+    Quantised weights are packed into integers, or are floats of one byte; the bias is left in the model's dtype.
+    """
+    for parameter in (getattr(layer, "weight", None), getattr(layer, "bias", None)):
+        if isinstance(parameter, Tensor) and parameter.is_floating_point() and parameter.element_size() > 1:
+            return parameter.dtype
+    return torch.float32  # torch's dynamic quantisation packs the bias, too, and takes nothing else
 
 
 class LongVLMPreTrainedModel(PreTrainedModel):
@@ -176,6 +188,9 @@ class LongVLMPreTrainedModel(PreTrainedModel):
         contained = {type(module).__name__ for module in self.modules()}
         listed = getattr(self, "_no_split_modules", None) or ()
         self._no_split_modules = {name for name in listed if name in contained}
+
+    def __getstate__(self):
+        return without_capturing_hooks(super().__getstate__())
 
     def save_pretrained(self, save_directory, **kwargs):
         """As in transformers. The folder also gets the code, and config.json names it; see `remote_code.py`."""
@@ -628,7 +643,7 @@ class LongVLMForConditionalGeneration(LongVLMPreTrainedModel, GenerationMixin):
             ).detach()
         elif input_ids is not None and not kwargs.keys() & {"past_key_values", "cache"}:
             videos_per_prompt(self.model.get_placeholder_mask(input_ids, None), [])
-        limit = getattr(self.config.text_config, "max_position_embeddings", None)
+        limit = self.config.context_length
         if prompt is not None and limit is not None and prompt.shape[1] > limit:
             logger.warning(
                 f"the prompt has {prompt.shape[1]} tokens, but the language model was made for {limit}: use fewer "

@@ -85,7 +85,9 @@ class VideoQuestionAnsweringPipeline(Pipeline):
                 video processor.
             progress (`Callable`, *optional*): called as `progress(stage, done, total)`, in frames, with the stages
                 `"decode"` and `"encode"`.
-            kwargs: options of `generate()` such as `max_new_tokens` (default 256), `do_sample`, `streamer`.
+            stop_sequence (`str` or `list[str]`, *optional*): as in other pipelines: the same as `stop_strings`.
+            kwargs: options of `generate()` such as `max_new_tokens` (default 256), `do_sample`, `streamer`,
+                `stop_strings` (a string that ends the answer, which it is part of, or a list of them).
 
         Returns:
             `{"answer": str}`; for a list of inputs, a list; for a data set or an iterator, an iterator. With
@@ -93,7 +95,7 @@ class VideoQuestionAnsweringPipeline(Pipeline):
 
         Raises:
             VideoDecodeError: a video cannot be read.
-            ValueError: the inputs do not have this form.
+            ValueError: the inputs do not have this form, a question is empty, or one is longer than the LLM's context.
         """
         inputs = arrange_inputs(inputs, video, question)
         if isinstance(inputs, list) and not inputs:
@@ -101,12 +103,23 @@ class VideoQuestionAnsweringPipeline(Pipeline):
         return super().__call__(inputs, **_plain_loading_options(kwargs))
 
     def _sanitize_parameters(
-        self, return_full_text=None, system=None, chat_template=None, progress=None, generate_kwargs=None, **kwargs
+        self,
+        return_full_text=None,
+        system=None,
+        chat_template=None,
+        progress=None,
+        stop_sequence=None,
+        generate_kwargs=None,
+        **kwargs,
     ):
         video_options = {name: kwargs.pop(name) for name in _VIDEO_OPTIONS if name in kwargs}
         preprocess = {"system": system, **video_options}
         asked = {"progress": progress, "chat_template": chat_template, "return_full_text": return_full_text}
         forward = {**asked, **kwargs, **(generate_kwargs or {})}
+        if stop_sequence is not None:
+            if forward.get("stop_strings") is not None:
+                raise ValueError("stop_sequence and stop_strings are the same: give one of them")
+            forward["stop_strings"] = stop_sequence
         return tuple(
             {name: value for name, value in params.items() if value is not None}
             for params in (preprocess, forward, {})

@@ -21,6 +21,8 @@ from transformers import AutoModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.clip.modeling_clip import eager_attention_forward
 
+from .pickling_longvlm import is_capturing_hook
+
 
 class EncodedFrames(NamedTuple):
     """What the method needs of a chunk of frames: `patches` `(c, N, d)`, and `frame_tokens` `(E, c, d)`."""
@@ -223,14 +225,15 @@ def frames_for(tower: nn.Module, frames: Tensor, config) -> Tensor:
 
 def to_device_of(module: nn.Module, tensor: Tensor) -> Tensor:
     """`tensor` on the device of `module`. If accelerate has offloaded the module, its hook moves the tensor."""
-    device = next(module.parameters()).device
+    # There is no parameter where torch's dynamic quantisation has packed them all: it works on the CPU only.
+    device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
     return tensor if device.type == "meta" else tensor.to(device)
 
 
 def _is_modified(module: nn.Module) -> bool:
     """Whether somebody relies on the module's own call: hooks (accelerate, FSDP, the user's), or `compile()`."""
     return bool(
-        module._forward_hooks
+        not all(map(is_capturing_hook, module._forward_hooks.values()))
         or module._forward_pre_hooks
         or "forward" in vars(module)  # accelerate overrides the class's method
         or getattr(module, "_compiled_call_impl", None) is not None

@@ -23,6 +23,12 @@ class ModelArguments:
 
     model: str = field(metadata={"help": "LongVLM checkpoint: folder or Hub id."})
     dtype: str = field(default="auto", metadata={"help": "Dtype of frozen weights; trained weights are float32."})
+    load_in_4bit: bool = field(
+        default=False, metadata={"help": "With train lora: load the LLM in 4 bits. Needs bitsandbytes."}
+    )
+    load_in_8bit: bool = field(
+        default=False, metadata={"help": "With train lora: load the LLM in 8 bits. Needs bitsandbytes."}
+    )
     attn_implementation: str | None = field(default=None, metadata={"help": "sdpa, flash_attention_2, eager..."})
 
 

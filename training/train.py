@@ -15,12 +15,12 @@ from transformers.utils import logging
 
 from longvlm.features.fingerprint import check_features, feature_metadata
 from longvlm.features.store import FeatureReader
-from longvlm.registration import LongVLMForConditionalGeneration, LongVLMProcessor
+from longvlm.loading import load_parts
 from longvlm.training.arguments import DataArguments, ModelArguments, TuningArguments, parse_arguments
 from longvlm.training.collator import LongVLMDataCollator
 from longvlm.training.data import VideoChatDataset, build_dataset
 from longvlm.training.trainer import LongVLMTrainer, last_whole_checkpoint
-from longvlm.training.tuning import prepare_model, trainable_parameters
+from longvlm.training.tuning import check_trainable, prepare_model, trainable_parameters
 
 logger = logging.get_logger(__name__)
 
@@ -52,8 +52,8 @@ def train(
     if training.disable_tqdm or not training.should_log:
         progress = None
     resume = _checkpoint_to_resume(training)
-    processor = LongVLMProcessor.from_pretrained(model_arguments.model)
-    model = _load_model(model_arguments)
+    model, processor = _load_parts(model_arguments, training)
+    check_trainable(model, tuning)
     readers = _open_features(data_arguments, tuning, model, processor)
     datasets = _build_datasets(data_arguments, training, processor, readers, progress)
     set_seed(training.seed)  # adapters start at random
@@ -98,9 +98,18 @@ def _checkpoint_to_resume(training: TrainingArguments) -> str | None:
     return str(requested)
 
 
-def _load_model(arguments: ModelArguments) -> LongVLMForConditionalGeneration:
+def _load_parts(arguments: ModelArguments, training: TrainingArguments):
+    """The model and its processor."""
     options = {"attn_implementation": arguments.attn_implementation} if arguments.attn_implementation else {}
-    return LongVLMForConditionalGeneration.from_pretrained(arguments.model, dtype=arguments.dtype, **options)
+    return load_parts(
+        arguments.model,
+        dtype=arguments.dtype,
+        device=training.device,
+        load_in_4bit=arguments.load_in_4bit,
+        load_in_8bit=arguments.load_in_8bit,
+        take_adapters=False,
+        **options,
+    )
 
 
 def _open_features(arguments: DataArguments, tuning: TuningArguments, model, processor) -> list[FeatureReader]:

@@ -26,7 +26,12 @@ def prepare_model(model, arguments: TuningArguments) -> nn.Module:
 
     Returns:
         The model to train: the same, or a `PeftModel`.
+
+    Raises:
+        ValueError: see `check_trainable`; or the file of a projector does not fit.
+        ImportError: peft is needed and missing.
     """
+    check_trainable(model, arguments)
     model.model.multi_modal_projector.float()  # also with LoRA, which trains a copy of it
     if arguments.init_projector is not None:
         load_projector(model, arguments.init_projector)
@@ -47,6 +52,30 @@ def prepare_model(model, arguments: TuningArguments) -> nn.Module:
     if arguments.train == "projector" and arguments.train_added_tokens:
         train_token_rows(model)
     return model
+
+
+def check_trainable(model, arguments: TuningArguments) -> None:
+    """
+    Raises:
+        ValueError: the weights are quantised, and cannot be trained like this.
+    """
+    if not getattr(model, "is_quantized", False):
+        return
+    if arguments.train != "lora":
+        raise ValueError(
+            f"`train` {arguments.train} needs weights that are not quantised; train lora, or load them as they are"
+        )
+    if arguments.merge_lora:
+        raise ValueError(
+            "`merge_lora` would round the adapters to the quantised weights; leave it out: the adapter's folder loads "
+            "as it is, quantised or not"
+        )
+    parameters = model.model.multi_modal_projector.parameters()
+    if not all(parameter.is_floating_point() and parameter.element_size() > 1 for parameter in parameters):
+        raise ValueError(
+            "the projector is quantised, but it is to be trained; name it in llm_int8_skip_modules of "
+            'quantization_config: "model.multi_modal_projector"'
+        )
 
 
 def _with_lora(model, arguments: TuningArguments) -> nn.Module:
@@ -129,6 +158,7 @@ def load_projector(model, file: str | Path) -> None:
 
 __all__ = [
     "PROJECTOR_FILE",
+    "check_trainable",
     "load_projector",
     "prepare_model",
     "save_projector",

@@ -4,6 +4,7 @@ This package is installed as `longvlm_cli`, since importing `longvlm` takes the 
 take. The commands import them inside their functions, so that help appears at once.
 """
 
+import logging
 import sys
 from importlib.metadata import version
 from typing import Annotated
@@ -51,8 +52,14 @@ def options(
     pass
 
 
+# What these have to say while they are imported and run concerns their developers.
+QUIET_LIBRARIES = ("bitsandbytes", "torchao", "torch.utils._pytree", "torch.utils.cpp_extension")
+
+
 def main() -> None:
     """Entry point of the command."""
+    for library in QUIET_LIBRARIES:
+        logging.getLogger(library).setLevel(logging.ERROR)
     try:
         code = app(prog_name="longvlm", standalone_mode=False) or 0
     except (Exception, KeyboardInterrupt) as error:

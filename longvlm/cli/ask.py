@@ -12,6 +12,8 @@ from longvlm_cli.options import (
     Device,
     Dtype,
     Fps,
+    LoadIn4bit,
+    LoadIn8bit,
     MaxDownloadBytes,
     MaxDownloadSeconds,
     MaxFrames,
@@ -54,9 +56,11 @@ def ask_command(
         float | None, typer.Option(min=0, max=1, help="Nucleus sampling; needs --temperature above 0.")
     ] = None,
     num_beams: Annotated[int, typer.Option(min=1, help="Number of beams of a beam search.")] = 1,
-    seed: Annotated[int, typer.Option(help="Seed for sampling.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**64 - 1, help="Seed for sampling.")] = 0,
     dtype: ModelDtype = Dtype.auto,
     device: Device = None,
+    load_in_4bit: LoadIn4bit = False,
+    load_in_8bit: LoadIn8bit = False,
     system: Annotated[str | None, typer.Option(help="System message, instead of the chat template's own.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per question, one per line.")] = False,
     stream: Annotated[bool, typer.Option("--stream", help="Print each answer while it is generated.")] = False,
@@ -79,10 +83,15 @@ def ask_command(
         raise ValueError(f"`top_p` {top_p} needs `temperature` above 0")
 
     check_exists(video)
+    for question in questions:
+        if not question.strip():
+            raise ValueError("`questions`: one of them is empty; write what you want to know about the video")
     generation: dict[str, Any] = {"max_new_tokens": max_new_tokens, "num_beams": num_beams, "do_sample": False}
     if temperature > 0:
         generation |= {"do_sample": True, "temperature": temperature, "top_p": 1.0 if top_p is None else top_p}
-    engine = load_engine(model, quiet=quiet, dtype=dtype.value, device=device)
+    engine = load_engine(
+        model, quiet=quiet, dtype=dtype.value, device=device, load_in_4bit=load_in_4bit, load_in_8bit=load_in_8bit
+    )
     engine.processor.video_processor.check_options(**options)
     untrained = getattr(engine.model.config, "untrained_parts", None)
     if untrained:
@@ -171,9 +180,9 @@ def _read_questions(questions: list[str]) -> Iterator[str]:
 
 
 def _set_seed(seed: int) -> None:
-    from transformers import set_seed
+    import torch
 
-    set_seed(seed)
+    torch.manual_seed(seed)  # transformers' set_seed would import Trainer, and with it peft
 
 
 def _make_guard():

@@ -9,6 +9,8 @@ import typer
 from longvlm_cli.options import (
     Dtype,
     Fps,
+    LoadIn4bit,
+    LoadIn8bit,
     MaxFrames,
     Model,
     ModelDtype,
@@ -34,6 +36,8 @@ def extract_command(
     video_end: VideoEnd = None,
     video_stream: VideoStream = None,
     dtype: ModelDtype = Dtype.auto,
+    load_in_4bit: LoadIn4bit = False,
+    load_in_8bit: LoadIn8bit = False,
     shard_size: Annotated[int, typer.Option(min=1, help="Maximum size of a shard, in MB.")] = 64,
     quiet: Quiet = False,
 ) -> None:
@@ -52,7 +56,9 @@ def extract_command(
     from longvlm.features.extract import extract_features
 
     state = PartialState(cpu=not torch.accelerator.is_available())
-    engine = load_engine(model, dtype=dtype.value, device=state.device)
+    engine = load_engine(
+        model, dtype=dtype.value, device=state.device, load_in_4bit=load_in_4bit, load_in_8bit=load_in_8bit
+    )
     report = extract_features(
         videos,
         out,

@@ -9,6 +9,8 @@ import typer
 from longvlm_cli.options import (
     Device,
     Fps,
+    LoadIn4bit,
+    LoadIn8bit,
     MaxDownloadBytes,
     MaxDownloadSeconds,
     MaxFrames,
@@ -40,6 +42,8 @@ def inspect_command(
     max_download_bytes: MaxDownloadBytes = None,
     max_download_seconds: MaxDownloadSeconds = None,
     device: Device = None,
+    load_in_4bit: LoadIn4bit = False,
+    load_in_8bit: LoadIn8bit = False,
 ) -> None:
     """Draw how the patches of a video are merged into tokens."""
     check_exists(video)
@@ -53,7 +57,7 @@ def inspect_command(
     )
     from longvlm.evaluation.merge_picture import draw_merging
 
-    engine = load_engine(model, device=device)
+    engine = load_engine(model, device=device, load_in_4bit=load_in_4bit, load_in_8bit=load_in_8bit)
     with opened(engine, video, max_download_bytes, max_download_seconds) as source:
         numbers = draw_merging(engine, source, out, segments=segments, frames=frames, **options)
     print(", ".join(f"{value:,} {name.replace('_', ' ')}" for name, value in numbers.items()), file=sys.stderr)

@@ -72,6 +72,12 @@ Model = Annotated[
 Video = Annotated[str, typer.Argument(metavar="VIDEO", help="A file, a URL, a pipe, or a folder of images.")]
 ModelDtype = Annotated[Dtype, typer.Option(help="Dtype of the model; auto: as it was saved.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps... Default: the accelerator, if any.")]
+LoadIn4bit = Annotated[
+    bool, typer.Option("--load-in-4bit", help="Load the language model in 4 bits. Needs bitsandbytes.")
+]
+LoadIn8bit = Annotated[
+    bool, typer.Option("--load-in-8bit", help="Load the language model in 8 bits. Needs bitsandbytes.")
+]
 NumFrames = Annotated[int | None, typer.Option(min=1, help="Number of frames taken from the video.")]
 Fps = Annotated[float | None, typer.Option(help="Frames taken per second of video, instead of --num-frames.")]
 MaxFrames = Annotated[int | None, typer.Option(min=1, help="Maximum number of frames with --fps.")]

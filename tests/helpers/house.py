@@ -24,6 +24,7 @@ OUTSIDE = ("recipes", "examples", "benchmarks", "tests")
 
 # What each room may import besides itself. `longvlm` alone is the face, `import longvlm`.
 BASE = {"longvlm.modeling_longvlm", "longvlm.processing", "longvlm.registration", "longvlm.files", "longvlm.lazy"}
+BASE |= {"longvlm.checkpoint_faults"}
 MAY_IMPORT: dict[str, set[str]] = {
     "longvlm.modeling_longvlm": set(),
     "longvlm.processing": set(),
@@ -31,11 +32,21 @@ MAY_IMPORT: dict[str, set[str]] = {
     "longvlm.lazy": set(),
     "longvlm.bundled": set(),
     "longvlm.registration": {"longvlm.modeling_longvlm", "longvlm.processing"},
-    "longvlm.loading": {"longvlm.modeling_longvlm", "longvlm.processing", "longvlm.bundled", "longvlm.files"},
+    "longvlm.quantization": set(),
+    "longvlm.adapters": {"longvlm.files"},
+    "longvlm.checkpoint_faults": {"longvlm.files"},
+    "longvlm.loading": {
+        "longvlm.modeling_longvlm",
+        "longvlm.processing",
+        "longvlm.adapters",
+        "longvlm.bundled",
+        "longvlm.checkpoint_faults",
+        "longvlm.quantization",
+    },
     "longvlm.features": BASE,
     "longvlm.conversion": BASE | {"longvlm.features"},
     "longvlm.publishing": BASE | {"longvlm"},
-    "longvlm.training": BASE | {"longvlm.features"},
+    "longvlm.training": BASE | {"longvlm.features", "longvlm.loading"},
     "longvlm.evaluation": BASE | {"longvlm.features", "longvlm.loading", "longvlm"},
     "longvlm": {"longvlm.bundled", "longvlm.loading", "longvlm.registration", "longvlm.processing"},
     "longvlm.__main__": {"longvlm_cli"},

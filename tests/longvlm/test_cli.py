@@ -258,6 +258,8 @@ def bad(tmp_path, checkpoint, video):
         ("ask VIDEO Who? --model MODEL/model.safetensors", "is a file"),
         ("ask VIDEO - --model MODEL", "no question"),
         ("ask VIDEO --model MODEL", "QUESTION"),
+        ("ask VIDEO Who? EMPTY --model MODEL", "QUESTION...: one of them is empty"),
+        ("ask VIDEO BLANK --model MODEL", "question is empty"),
         ("ask VIDEO Who? --model MODEL --dtype float7", "float7"),
         ("ask VIDEO Who? --model MODEL --device moon", "moon"),
         ("ask VIDEO Who? --model MODEL --num-frames 0", "--num-frames"),
@@ -266,6 +268,12 @@ def bad(tmp_path, checkpoint, video):
         ("ask VIDEO Who? --model MODEL --json --stream", "exclude each other"),
         ("ask VIDEO Who? --model MODEL --top-p 0.5", "--temperature"),
         ("ask VIDEO Who? --model MODEL --max-new-tokens 0", "--max-new-tokens"),
+        (
+            "ask VIDEO Who? --model MODEL --max-new-tokens 4000",
+            "takes 2,048 in all: shorten the text or lower --max-new",
+        ),
+        ("ask VIDEO Who? --model MODEL --seed -1", "--seed"),
+        ("ask VIDEO Who? --model MODEL --load-in-4bit --load-in-8bit", "--load-in-8bit exclude each other"),
         ("ask VIDEO Who? --model MODEL --colour", "--colour"),
         ("extract VIDEO --out TMP/features --fps 1 --num-frames 3", "exclude each other"),
         ("publish --repo-id me/it", "DIR"),
@@ -280,7 +288,8 @@ def bad(tmp_path, checkpoint, video):
 def test_what_a_user_can_cause_is_one_line_and_exit_code_2(longvlm, bad, arguments, says):
     for word, value in bad.items():
         arguments = arguments.replace(word, value)
-    code, out, err = longvlm(*arguments.split(), "--quiet")
+    words = [{"EMPTY": " ", "BLANK": "\u200b"}.get(word, word) for word in arguments.split()]
+    code, out, err = longvlm(*words, "--quiet")
     assert (code, out) == (2, "")
     assert err.startswith("longvlm: error: ") and err.count("\n") == 1, err
     assert says in err, err

@@ -189,6 +189,28 @@ def test_the_end_token_and_stop_strings_end_an_answer(engine, films):
         assert stopped.finish_reason == "stop" and len(stopped.token_ids) <= 3
 
 
+@pytest.mark.parametrize("content", ["", " \n", "\u200b", [], ["\t"], None], ids=ascii)
+def test_a_conversation_that_asks_nothing_is_refused_before_its_video_is_opened(engine, content):
+    content = [{"type": "video", "video": "no_such_film.mp4"}, *content] if isinstance(content, list) else content
+    asked = [*ask("What?"), {"role": "assistant", "content": "A square."}, {"role": "user", "content": content}]
+    for call in (engine.generate, lambda messages: list(engine.stream(messages))):
+        with pytest.raises(ValueError, match="question is empty"):
+            call(asked)
+    with pytest.raises(ValueError, match="question is empty"):
+        engine.score_choices(asked, ["yes", "no"])
+
+
+def test_only_the_last_message_must_ask(engine, films):
+    messages = [
+        {"role": "user", "content": [{"type": "video", "video": films[0]}]},
+        {"role": "assistant", "content": "I see it."},
+        {"role": "user", "content": "What moves?"},
+    ]
+    assert engine.generate(messages, **SHORT)
+    # A system message alone, or the beginning of an answer, are asked about what came before.
+    assert engine.generate([*ask("What?", films[0]), {"role": "assistant", "content": "It"}], **SHORT)
+
+
 def test_should_stop(engine, films, encoded):
     calls = []
 
@@ -552,10 +574,6 @@ def test_what_cannot_be_loaded(tmp_path):
         (tmp_path / "odd" / "config.json").write_text(content)
         with pytest.raises(ValueError, match=message):
             longvlm.load(tmp_path / "odd")
-    (tmp_path / "adapter").mkdir()
-    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"LoRA adapter.*merge_lora"):
-        longvlm.load(tmp_path / "adapter")
     with pytest.raises(ValueError, match="is a file"):
         longvlm.load(longvlm.tiny_checkpoint() / "config.json")
     with pytest.raises(ValueError, match='"float7" is not known'):

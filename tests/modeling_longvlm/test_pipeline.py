@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from transformers import pipeline
+from transformers import GenerationConfig, pipeline
 
 from longvlm import VideoDecodeError, VideoQuestionAnsweringPipeline
 from tests.helpers.tiny_models import save_tiny_longvlm
@@ -167,6 +167,49 @@ def test_options_reach_generate(pipe, films):
     assert pipe(one, chat_template="long_vlm_v1", **SHORT)["answer"]
     with pytest.raises(ValueError, match="max_new_token'"):
         pipe(one, max_new_token=3)
+
+
+def test_an_answer_ends_with_a_stop_string(pipe, folder, films, tmp_path):
+    one, options = {"video": films[0], "question": "What?"}, {"max_new_tokens": 8, "min_new_tokens": 8}
+    whole = pipe.engine.generate(
+        [{"role": "user", "content": [{"type": "video", "video": films[0]}, {"type": "text", "text": "What?"}]}],
+        return_details=True,
+        **options,
+    )
+    decode = pipe.processor.tokenizer.decode
+    end = next(n for n in range(2, 8) if decode(whole.token_ids[n - 1]).strip().isascii())
+    string, expected = decode(whole.token_ids[end - 1]), decode(whole.token_ids[:end]).strip()
+    assert expected != whole.text
+    options = {"max_new_tokens": 8}
+    for name in ("stop_strings", "stop_sequence"):
+        assert pipe(one, **{name: string}, **options)["answer"] == expected
+        assert pipe(one, **{name: ["never", string]}, **options)["answer"] == expected
+        assert pipeline(TASK, model=str(folder), **{name: string})(one, **options)["answer"] == expected
+    given = GenerationConfig(stop_strings=[string], max_new_tokens=8)
+    assert pipe(one, generation_config=given)["answer"] == expected
+    assert pipe([one, one], batch_size=2, stop_sequence=string, **options) == [{"answer": expected}] * 2
+    # Saved with the checkpoint
+    pipe.model.generation_config.stop_strings = [string]
+    pipe.save_pretrained(tmp_path)
+    again = pipeline(TASK, model=str(tmp_path))
+    assert again(one, **options)["answer"] == expected
+    with pytest.raises(ValueError, match="stop_sequence and stop_strings are the same"):
+        pipe(one, stop_sequence="a", stop_strings="b")
+
+
+@pytest.mark.parametrize("strings", [[""], [3], 3.5], ids=str)
+def test_a_stop_string_that_is_no_text_is_refused(pipe, films, strings):
+    with pytest.raises(ValueError, match="stop_strings must be text") as error:
+        pipe(video=films[0], question="What?", stop_strings=strings)
+    assert "\n" not in str(error.value)
+    assert pipe(video=films[0], question="What?", stop_strings=[], **SHORT)["answer"]
+
+
+@pytest.mark.parametrize("question", ["", "  \n\t", "\u200b\ufeff "], ids=ascii)
+def test_an_empty_question_is_refused(pipe, films, question):
+    with pytest.raises(ValueError, match="question is empty") as error:
+        pipe(video=films[0], question=question, **SHORT)
+    assert "\n" not in str(error.value)
 
 
 def test_defaults_given_with_the_pipeline(folder, films):

@@ -37,6 +37,7 @@ CODE = {
     "frame_display.py",
     "modeling_longvlm.py",
     "option_values.py",
+    "pickling_longvlm.py",
     "pictures.py",
     "pipeline_inputs_longvlm.py",
     "pipeline_longvlm.py",

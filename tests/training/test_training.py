@@ -15,6 +15,7 @@ import transformers
 import yaml
 from packaging import version
 
+import longvlm
 import longvlm.evaluation
 import longvlm.features
 import longvlm.training
@@ -147,6 +148,47 @@ def test_lora_is_saved_and_loaded_with_the_same_logits(world, tmp_path, merge):
         assert any("token" in name for name in names)
     torch.testing.assert_close(logits_of(loaded, batch), expected, atol=1e-5, rtol=1e-5)
     assert (expected - untouched).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_lora_learns_on_a_quantised_model_and_loads_beside_it(world, tmp_path, bits):
+    pytest.importorskip("bitsandbytes")
+    save_tiny_longvlm(tmp_path / "model", text_config=lively(hidden_size=64, intermediate_size=128))
+    flag = {f"load_in_{bits}bit": True}
+    options = {"model": str(tmp_path / "model"), "train": "lora", "lora_r": 4, "gradient_checkpointing": True, **flag}
+    trainer = run(world, tmp_path / "out", learning_rate=0.02, **options)
+    assert sum(losses(trainer)[-6:]) < 0.9 * sum(losses(trainer)[:6])
+    assert {p.dtype for p in trainer.model.parameters() if p.requires_grad} == {torch.float32}
+    # The frozen weights are those of the base: adapter and base give what was trained.
+    batch = a_batch(world)
+    engine = longvlm.load(tmp_path / "out", device="cpu", **flag)
+    torch.testing.assert_close(logits_of(engine.model, batch), logits_of(trainer.model, batch), atol=0.05, rtol=0.05)
+    trained, whole, base = (
+        logits_of(model, batch)
+        for model in (
+            trainer.model,
+            longvlm.load(tmp_path / "out", device="cpu").model,  # merged into weights that are not quantised
+            LongVLMForConditionalGeneration.from_pretrained(tmp_path / "model"),
+        )
+    )
+    assert (whole - trained).abs().mean() < 0.5 * (base - trained).abs().mean()
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"train": "projector"}, "`train` projector needs weights that are not quantised"),
+        ({"train": "full"}, "`train` full needs weights that are not quantised"),
+        ({"train": "lora", "merge_lora": True}, "`merge_lora` would round"),
+        ({"train": "lora", "load_in_8bit": True}, "exclude each other"),
+    ],
+    ids=str,
+)
+def test_what_quantised_weights_do_not_allow(world, tmp_path, options, says):
+    pytest.importorskip("bitsandbytes")
+    save_tiny_longvlm(tmp_path / "model", text_config=lively(hidden_size=64, intermediate_size=128))
+    with pytest.raises(ValueError, match=says):
+        run(world, tmp_path / "out", model=str(tmp_path / "model"), load_in_4bit=True, **options)
 
 
 def test_full_training_with_the_vision_tower_changes_every_part(world, tmp_path):

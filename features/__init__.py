@@ -12,6 +12,6 @@ __getattr__, __dir__, __all__ = lazy_names(
         "failures": ("read_failed",),
         "fingerprint": ("check_features", "feature_metadata"),
         "store": ("FeatureReader", "FeatureWriter", "StoredFeatures"),
-        "videos": ("VIDEO_SUFFIXES", "find_videos"),
+        "videos": ("VIDEO_SUFFIXES", "find_videos", "window_name"),
     },
 )

@@ -3,6 +3,8 @@
 from collections.abc import Iterable
 from pathlib import Path
 
+Window = tuple[float | None, float | None]  # start and end in seconds; `None`: of the video
+
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".ts", ".mpg", ".mpeg", ".flv", ".wmv", ".gif")
 
 
@@ -45,4 +47,18 @@ def find_videos(sources: Iterable[str | Path]) -> dict[str, Path]:
     return dict(sorted(found.items()))
 
 
-__all__ = ["VIDEO_SUFFIXES", "find_videos"]
+def window_name(video: str, start: float | None = None, end: float | None = None) -> str:
+    """
+    What a part of a video is called in a folder of features: `name@start-end`, or `name` for the whole of it.
+
+    Args:
+        video: name of the whole video.
+        start, end: in seconds, to the microsecond; `None`: the start or the end of the video (`name@90-`).
+    """
+    if start is None and end is None:
+        return video
+    first, last = ("" if side is None else f"{side:.6f}".rstrip("0").rstrip(".") for side in (start or 0, end))
+    return f"{video}@{first}-{last}"
+
+
+__all__ = ["VIDEO_SUFFIXES", "Window", "find_videos", "window_name"]

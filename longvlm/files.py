@@ -153,17 +153,29 @@ def share_as_other_files(path: Path) -> None:
             file.chmod((0o777 if file.is_dir() else 0o666) & ~_UMASK)
 
 
+def read_json(file: str | Path) -> Any:
+    """The value in a JSON file, in UTF-8, or in UTF-16 or UTF-32 with a mark at its start.
+
+    Raises:
+        ValueError: it is not JSON, or nested too deeply to be read.
+        OSError: it cannot be read.
+    """
+    try:
+        return json.loads(Path(file).read_bytes())
+    except ValueError as error:  # not JSON, not text, or a number of thousands of digits
+        raise ValueError(f"{file} is not a JSON file: {error}") from None
+    except RecursionError:
+        raise ValueError(f"{file} is nested too deeply to be read as JSON") from None
+
+
 def read_json_object(file: str | Path) -> dict[str, Any]:
-    """The object in a JSON file.
+    """The object in a JSON file; see `read_json`.
 
     Raises:
         ValueError: it holds something else, or is not JSON.
         OSError: it cannot be read.
     """
-    try:
-        values = json.loads(Path(file).read_text(encoding="utf-8"))
-    except ValueError as error:  # not JSON, or not UTF-8
-        raise ValueError(f"{file} is not a JSON file: {error}") from None
+    values = read_json(file)
     if not isinstance(values, dict):
         raise ValueError(f"{file} holds a JSON {type(values).__name__}; expected an object, {{...}}")
     return values

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from longvlm.conversion.foreign import reading
 from longvlm.conversion.hub import short_name
 from longvlm.conversion.parts import LanguagePart
 
@@ -30,18 +31,22 @@ def load_language(
         if not path.is_file():
             raise ValueError(f"{path} does not exist")
         source, gguf_file = path.parent, path.name
-    options: dict[str, Any] = {} if gguf_file is None else {"gguf_file": gguf_file}
+    options: dict[str, Any] = {"trust_remote_code": False}  # else transformers asks for permission to run code
+    if gguf_file is not None:
+        options["gguf_file"] = gguf_file
     # Checked before the weights are loaded, which costs minutes and gigabytes.
-    config = AutoConfig.from_pretrained(source, **options)
+    with reading(source):
+        config = AutoConfig.from_pretrained(source, **options)
     if config.get_text_config() is not config:
         raise ValueError(
             f"{source} is a {config.model_type} model with parts of its own, not a plain language model; "
             "give the causal language model alone"
         )
-    tokenizer = AutoTokenizer.from_pretrained(source, **options)
-    model = AutoModelForCausalLM.from_pretrained(
-        source, dtype=dtype or (torch.float32 if gguf_file else "auto"), **options
-    ).eval()
+    with reading(source):
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        model = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype or (torch.float32 if gguf_file else "auto"), **options
+        ).eval()
     _forget_quantisation_of_gguf(model)
     return LanguagePart(model, tokenizer, short_name(gguf_file.removesuffix(".gguf") if gguf_file else source))
 

@@ -18,6 +18,7 @@ from transformers.image_utils import (
 )
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
+from longvlm.conversion.foreign import reading
 from longvlm.conversion.hub import short_name
 from longvlm.conversion.openclip_vision import PREFIX, load_open_clip_by_name
 from longvlm.conversion.parts import VisionPart
@@ -39,8 +40,10 @@ def load_vision(source: str | Path, *, dtype: torch.dtype | None = None) -> Visi
     """
     if str(source).startswith(PREFIX):
         return load_open_clip_by_name(str(source), dtype=dtype)
-    tower = _tower_config(AutoConfig.from_pretrained(source), str(source))
-    with torch.random.fork_rng(devices=[]):
+    with reading(source):  # without trust_remote_code, transformers would ask for permission to run code
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    tower = _tower_config(config, str(source))
+    with reading(source), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         # Not AutoModel.from_pretrained: it would build the whole CLIP, text tower included.
         model, info = MODEL_MAPPING[type(tower)].from_pretrained(
@@ -103,7 +106,7 @@ def untrained_vision(config: str | Path | dict, *, dtype: torch.dtype | None = N
 def image_options(source: str | Path, config) -> dict[str, Any]:
     """How images are prepared for the encoder in `source`: by its image processor, else as its family does it."""
     try:
-        values = AutoImageProcessor.from_pretrained(source).to_dict()
+        values = AutoImageProcessor.from_pretrained(source, trust_remote_code=False).to_dict()
     except (OSError, ValueError, KeyError):  # the encoder comes without one
         return _default_image_options(config)
     options = {key: values[key] for key in IMAGE_OPTIONS if values.get(key) is not None}

@@ -21,7 +21,7 @@ def read_failed(folder: str | Path) -> dict[str, str]:
     try:
         lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
         return {line["video"]: line["reason"] for line in lines}
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise ValueError(f"{file} is damaged; remove it and extract again") from None
 
 

@@ -4,7 +4,6 @@ Built on `huggingface_hub.ModelCard`, which parses the metadata. The Hub itself 
 tags) before an upload begins.
 """
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from importlib import resources
@@ -17,7 +16,7 @@ from huggingface_hub.utils import validate_repo_id
 from safetensors import safe_open
 
 import longvlm
-from longvlm.files import read_json_object
+from longvlm.files import read_json, read_json_object
 from longvlm.registration import LongVLMConfig
 
 TAGS = ("longvlm", "video", "video-question-answering")
@@ -234,7 +233,7 @@ def read_results(path: str | Path) -> list[EvalResult]:
             `metric_value`.
     """
     try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
+        values = read_json(path)
         if not isinstance(values, list):
             raise TypeError("it is not a list")
         return [EvalResult(**value) for value in values]

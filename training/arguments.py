@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-import yaml
 from transformers import HfArgumentParser, TrainingArguments
+
+from longvlm.files import parse_yaml
 
 MODES = ("projector", "lora", "full")
 # Options that have another name by now -> what to write instead.
@@ -168,12 +169,7 @@ def _as_list(value: Any, option: Any, where: str) -> list:
 
 
 def _read_config(file: str) -> dict[str, Any]:
-    try:
-        config = yaml.safe_load(Path(file).read_text(encoding="utf-8"))  # JSON is YAML
-    except UnicodeDecodeError:
-        raise ValueError(f"{file} is not a text file, so it cannot be YAML") from None
-    except yaml.YAMLError as error:
-        raise ValueError(f"{file} is not YAML: {' '.join(str(error).split())}") from None
+    config = parse_yaml(Path(file).read_bytes(), file)  # JSON is YAML
     if not isinstance(config, dict):
         raise ValueError(f"{file} must hold options, one per line, as name: value")
     return config

@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 from longvlm.features.failures import read_failed
 from longvlm.features.store import FeatureReader
 from longvlm.features.videos import VIDEO_SUFFIXES
-from longvlm.files import atomic_write
+from longvlm.files import atomic_write, read_json
 from longvlm.processing.video_decoding import probe_video
 from longvlm.training.chat_encoding import encode_chat
 from longvlm.training.formats import BadRow, as_messages, videos_in, without_videos
@@ -216,9 +216,9 @@ def _open_source(source: Any) -> tuple[Iterator[tuple[str, Any]], int]:
         return _read_lines(path), total
     if suffix == ".json":
         try:
-            rows = json.loads(path.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is not JSON: {error}; a file of one object per line must be .jsonl") from None
+            rows = read_json(path)
+        except ValueError as error:
+            raise ValueError(f"{error}; a file of one object per line must be .jsonl") from None
         if not isinstance(rows, list):
             raise ValueError(f"{path} must hold a list of rows, not {type(rows).__name__}")
     else:
@@ -238,7 +238,7 @@ def _read_lines(path: Path) -> Iterator[tuple[str, Any]]:
                 continue
             try:
                 yield f"{path.name}, line {number}", json.loads(line)
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            except (ValueError, RecursionError) as error:
                 yield f"{path.name}, line {number}", BadRow("bad line", f"it is not JSON: {error}")
 
 

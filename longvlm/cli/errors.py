@@ -72,5 +72,7 @@ def _is_users(error: BaseException) -> bool:
     """Whether a user can cause (and cure) this error."""
     if isinstance(error, (ValueError, OSError, ImportError)):  # also VideoDecodeError, and those of huggingface_hub
         return True
+    if isinstance(error, RecursionError) and "JSON" in str(error):  # a file of a checkpoint, nested too deeply
+        return True
     names = {kind.__name__ for kind in type(error).__mro__}
     return bool(names & {"StrictDataclassError", "OutOfMemoryError", "HfHubHTTPError", "SafetensorError"})

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from longvlm.conversion.foreign import reading
+from longvlm.conversion.foreign import check_size, reading
 from longvlm.conversion.hub import short_name
 from longvlm.conversion.parts import LanguagePart
 
@@ -31,18 +31,20 @@ def load_language(
         if not path.is_file():
             raise ValueError(f"{path} does not exist")
         source, gguf_file = path.parent, path.name
+    read = path if path.is_file() else source
     options: dict[str, Any] = {"trust_remote_code": False}  # else transformers asks for permission to run code
     if gguf_file is not None:
         options["gguf_file"] = gguf_file
     # Checked before the weights are loaded, which costs minutes and gigabytes.
-    with reading(source):
+    with reading(read):
         config = AutoConfig.from_pretrained(source, **options)
+    check_size(config, str(source))
     if config.get_text_config() is not config:
         raise ValueError(
             f"{source} is a {config.model_type} model with parts of its own, not a plain language model; "
             "give the causal language model alone"
         )
-    with reading(source):
+    with reading(read):
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
         model = AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype or (torch.float32 if gguf_file else "auto"), **options

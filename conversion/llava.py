@@ -27,7 +27,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 from longvlm.conversion.assemble import join
 from longvlm.conversion.checks import check_projector, check_text, check_video, probe
 from longvlm.conversion.delta import DeltaSum, is_delta
-from longvlm.conversion.foreign import reading
+from longvlm.conversion.foreign import check_size, reading
 from longvlm.conversion.hub import local_folder, short_name
 from longvlm.conversion.key_maps import (
     LLAVA_ORIGINAL,
@@ -174,6 +174,7 @@ def _describe(folder: Path, name: str) -> _Checkpoint:
     if kind == "llava" and "vision_config" in values:
         with reading(folder):
             config = LlavaConfig.from_pretrained(folder)
+        check_size(config, name)
         return _describe_transformers(folder, name, config)
     if kind in ORIGINAL_TYPES and "mm_vision_tower" in values:
         return _describe_original(folder, name, values)
@@ -206,6 +207,7 @@ def _describe_original(folder: Path, name: str, values: dict[str, Any]) -> _Chec
     left_out = {"model_type", "architectures", "transformers_version", "_name_or_path", "torch_dtype", "dtype"}
     with reading(folder):
         text_config = config_class(**{key: value for key, value in values.items() if key in known - left_out})
+    check_size(text_config, name)
     layer = values.get("mm_vision_select_layer", -2)
     source = values["mm_vision_tower"]
     return _Checkpoint(folder, name, text_config, None, source, layer, LLAVA_ORIGINAL, is_original=True)

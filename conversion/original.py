@@ -20,7 +20,7 @@ from transformers import CONFIG_MAPPING, GenerationConfig, LlamaConfig
 
 from longvlm.conversion.checks import check_forward, check_projector, check_tensors, refuse_differences
 from longvlm.conversion.delta import DeltaSum, is_delta
-from longvlm.conversion.foreign import reading
+from longvlm.conversion.foreign import check_size, reading
 from longvlm.conversion.hub import local_folder, short_name
 from longvlm.conversion.key_maps import LLM, MM_PROJECTOR, ORIGINAL, PROJECTOR, VISION, first_few, map_names
 from longvlm.conversion.original_features import LAYOUTS, layout_of_file
@@ -356,7 +356,9 @@ def _text_config(folder: Path, tensors: dict[str, _LazyTensor]) -> LlamaConfig:
         raise ValueError(f"{file} is missing {first_few(missing)}; give the folder of a complete LLaMA")
     fields = {name: values[name] for name in LLAMA_FIELDS if values.get(name) is not None}
     with reading(folder):
-        return LlamaConfig(**fields, vocab_size=tensors[EMBEDDINGS].info.shape[0], tie_word_embeddings=False)
+        config = LlamaConfig(**fields, vocab_size=tensors[EMBEDDINGS].info.shape[0], tie_word_embeddings=False)
+    check_size(config, str(folder))
+    return config
 
 
 def _video_processor(image_options: dict[str, Any]) -> LongVLMVideoProcessor:

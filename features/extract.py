@@ -79,6 +79,7 @@ def extract_features(
     state, out = PartialState(cpu=model.device.type == "cpu"), Path(out)
     options = dict(video_options or {})
     window = _window(options)
+    _check_sampling(processor.video_processor, options)
     videos = sources if isinstance(sources, Mapping) else find_videos(sources)
     videos = {window_name(name, *window or ()): video for name, video in videos.items()}
     made_by = {
@@ -122,6 +123,12 @@ def extract_features(
     stored = set(FeatureReader(out))
     encoded = sum(name in stored for name in missing)
     return ExtractionReport(encoded, len(videos) - len(missing), len(missing) - encoded)
+
+
+def _check_sampling(video_processor, options: Mapping[str, Any]) -> None:
+    """Refuses options that no video can have, which are not the fault of every video."""
+    rule = {name: options[name] for name in ("num_frames", "fps", "max_frames", "short_video") if name in options}
+    video_processor.sample_frames({"total_num_frames": 1000, "fps": 25.0}, **rule)
 
 
 def _window(options: Mapping[str, Any]) -> Window | None:

@@ -95,6 +95,8 @@ class FeatureWriter:
         shard_bytes: int = 2**28,
     ):
         self.folder = Path(folder)
+        if self.folder.exists() and not self.folder.is_dir():
+            raise ValueError(f"{folder} is a file; give a folder for the features")
         self.folder.mkdir(parents=True, exist_ok=True)
         self.shard_bytes = shard_bytes
         self._lock = FileLock(self.folder / ".lock")
@@ -208,7 +210,7 @@ class FeatureWriter:
         """
         if video in self:
             raise ValueError(f'the video "{video}" is there already')
-        if not video or "\n" in video:
+        if not video or "\n" in video or not _is_unicode(video):
             raise ValueError(f"{video!r} cannot be the name of a video")
         for name, tensor in (("local", local_features), ("global", global_features)):
             if tensor.ndim != 2 or tensor.dtype not in DTYPES:
@@ -271,6 +273,15 @@ class FeatureWriter:
 
     def __exit__(self, kind, error, traceback) -> None:
         self.close()
+
+
+def _is_unicode(name: str) -> bool:
+    """Whether a name can be written as UTF-8; names of files can be any bytes."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 class FeatureReader(Mapping[str, StoredFeatures]):

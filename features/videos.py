@@ -37,14 +37,22 @@ def find_videos(sources: Iterable[str | Path]) -> dict[str, Path]:
         elif not source.is_file():
             raise ValueError(f"{source}: no such file or folder")
         elif source.suffix == ".txt":
-            for line in source.read_text(encoding="utf-8").splitlines():
-                if line.strip():
-                    add(Path(line.strip()).stem, Path(line.strip()))
+            for line in _lines(source):
+                add(Path(line).stem, Path(line))
         else:
             add(source.stem, source)
     if not found:
         raise ValueError(f"no videos in {', '.join(map(str, sources))}; they end in {', '.join(VIDEO_SUFFIXES)}")
     return dict(sorted(found.items()))
+
+
+def _lines(file: Path) -> list[str]:
+    """The lines of a text file that are not blank."""
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise ValueError(f"{file} is not UTF-8 text; a list of videos has one path a line") from None
+    return [line.strip() for line in lines if line.strip()]
 
 
 def window_name(video: str, start: float | None = None, end: float | None = None) -> str:

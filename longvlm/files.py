@@ -59,7 +59,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 
     The name has the suffix of `path`, since many savers choose the format by it. After an error `path` is unchanged.
     """
-    path = Path(path).resolve()  # replace what a link points to, not the link
+    path = _target(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     _clear_leftovers(path)
     partial = path.parent / f".{path.name}.partial-{_writer()}{path.suffix}"
@@ -76,7 +76,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 @contextmanager
 def output_folder(out: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Yields a folder to fill; at the end it replaces `out`. After an error `out` is unchanged."""
-    out = Path(out).resolve()  # replace what a link points to, not the link
+    out = _target(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     _clear_leftovers(out)  # first: it may restore a folder
     check_free(out, overwrite=overwrite)
@@ -98,6 +98,14 @@ def output_folder(out: str | Path, *, overwrite: bool = False) -> Iterator[Path]
         shutil.rmtree(partial, ignore_errors=True)
         if out.exists():
             shutil.rmtree(previous, ignore_errors=True)
+
+
+def _target(path: str | Path) -> Path:
+    """What is written: not a link, but what it points to."""
+    try:
+        return Path(path).resolve()
+    except (RuntimeError, OSError):
+        raise ValueError(f"{path} is a link that leads in a circle; give another place to write to") from None
 
 
 def _check_replaceable(out: Path) -> None:
@@ -154,6 +162,16 @@ def share_as_other_files(path: Path) -> None:
             file.chmod((0o777 if file.is_dir() else 0o666) & ~_UMASK)
 
 
+def check_regular(file: str | Path) -> None:
+    """
+    Raises:
+        ValueError: it is there, but a pipe, a device or the like, which might never end, and not a file.
+    """
+    path = Path(file)
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{file} is a {'folder' if path.is_dir() else 'pipe or a device'}, not a file")
+
+
 def read_json(file: str | Path) -> Any:
     """The value in a JSON file of a user: in UTF-8, or in UTF-16 or UTF-32 with a mark at its start.
 
@@ -161,6 +179,7 @@ def read_json(file: str | Path) -> Any:
         ValueError: it is not JSON, or nested too deeply to be read.
         OSError: it cannot be read.
     """
+    check_regular(file)
     return _parse(file, Path(file).read_bytes())
 
 
@@ -171,6 +190,7 @@ def read_json_object(file: str | Path) -> dict[str, Any]:
         ValueError: it holds something else, or is not JSON.
         OSError: it cannot be read.
     """
+    check_regular(file)
     try:
         text = Path(file).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

@@ -115,7 +115,7 @@ def _suspicious(text: str, *, paths: bool = True) -> Iterator[tuple[int, str]]:
                 yield number, f"{kind}: remove it, and revoke it where it was issued"
         match = re.search(PATH_IN_TEXT, line) if paths else None
         if match:
-            yield number, f"the local path {match[0]}: write a Hub id instead, or remove it"
+            yield number, f"the local path {match[0]:.200}: write a Hub id instead, or remove it"
 
 
 def _problems_in_json(text: str, known: set[int], *, paths: bool) -> list[tuple[int, str]]:
@@ -137,7 +137,7 @@ def _problems_in_json(text: str, known: set[int], *, paths: bool) -> list[tuple[
         written = json.dumps(value)
         number = next((n for n, line in enumerate(lines, 1) if written in line), 1)
         if number not in known:
-            found.append((number, f"{key} is the local path {value}: write a Hub id instead, or remove it"))
+            found.append((number, f"{key} is the local path {value:.200}: write a Hub id instead, or remove it"))
     return found
 
 

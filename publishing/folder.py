@@ -18,11 +18,13 @@ class FolderFiles:
         files: what is published: name -> local file.
         left_out: what is not: names of files, of links to folders, and of whole folders (`runs/`).
         links: links to files elsewhere, which are not followed.
+        unnameable: names that not every system can have.
     """
 
     files: dict[str, Path] = field(default_factory=dict)
     left_out: list[str] = field(default_factory=list)
     links: list[str] = field(default_factory=list)
+    unnameable: list[str] = field(default_factory=list)
 
     @property
     def problems(self) -> list[str]:
@@ -31,6 +33,9 @@ class FolderFiles:
             f"{name} is a link that leads out of the folder, or nowhere: put the file itself there, or leave it out "
             f"with `exclude` {name}"
             for name in self.links
+        ] + [
+            f"{name!r} is not a name for the Hub (line breaks, control characters, or not UTF-8): rename the file"
+            for name in self.unnameable
         ]
 
 
@@ -44,6 +49,8 @@ def collect_files(folder: Path, exclude: Sequence[str] = ()) -> FolderFiles:
                 continue
             if path.is_dir() or any(fnmatch(name, pattern) for pattern in (*LEFT_OUT, *exclude)):
                 skipped.append(name)
+            elif not name.isprintable():
+                found.unnameable.append(name)
             elif path.is_symlink() and not _may_be_followed(path, inside):
                 found.links.append(name)
             elif path.is_file():
@@ -52,7 +59,7 @@ def collect_files(folder: Path, exclude: Sequence[str] = ()) -> FolderFiles:
                 skipped.append(name)
     found.files = dict(sorted(found.files.items()))
     found.links.sort()
-    found.left_out = _by_folder(skipped, [*found.files, *found.links])
+    found.left_out = _by_folder(skipped, [*found.files, *found.links, *found.unnameable])
     return found
 
 

@@ -5,6 +5,7 @@
 The folder itself is not changed. The checks run on exactly what is uploaded: a temporary folder of links with a card.
 """
 
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -183,6 +184,8 @@ def _check_arguments(folder: str | Path, repo_id: str, branch: str | None, creat
         raise ValueError(f"`repo_id` {repo_id!r}: {error}") from None
     if "/" not in repo_id:
         raise ValueError(f"`repo_id` {repo_id!r} must be USER/NAME or ORGANISATION/NAME")
+    if branch is not None and not re.fullmatch(r"(?!.*(\.\.|//))\w[\w./-]*", branch):
+        raise ValueError(f"`branch` {branch!r:.100} cannot be the name of a branch")
     if branch is not None and create_pr:
         raise ValueError(f"`branch` {branch} and `create_pr` exclude each other: a pull request targets main")
     return folder

@@ -4,7 +4,7 @@ Every field is one option of `longvlm train`; transformers' `TrainingArguments` 
 """
 
 import difflib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -99,6 +99,9 @@ class TuningArguments:
             raise ValueError(f"`merge_lora` needs `train` lora, not {self.train}")
 
 
+OWN = {own.name for options in (ModelArguments, DataArguments, TuningArguments) for own in fields(options)}
+
+
 def parse_arguments(arguments: list[str]) -> tuple[ModelArguments, DataArguments, TuningArguments, TrainingArguments]:
     """
     Reads the options of a training.
@@ -143,7 +146,13 @@ def _options_of(file: str, parser: HfArgumentParser) -> dict[str, Any]:
             close = difflib.get_close_matches(name, known, 1)
             hint = f"; did you mean {close[0]}?" if close else ""
             raise ValueError(f"{file}: {name} is not a training option{hint}")
-        known[name].required = False
+        known[name].required = known[name].required and config[name] is None
+        if (
+            isinstance(config[name], (list, dict))
+            and known[name].nargs is None
+            and known[name].type in (str, int, float)
+        ):
+            raise ValueError(f"{file}: {name} must be a single value, not {config[name]!r:.60}")
         if known[name].nargs == "+" and known[name].type in (str, int, float) and config[name] is not None:
             config[name] = _as_list(config[name], known[name], f"{file}: {name}")
     return config

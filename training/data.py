@@ -29,6 +29,7 @@ from longvlm.training.formats import BadRow, as_messages, videos_in, without_vid
 
 # The released code's data files name feature files where others name videos.
 FEATURE_SUFFIXES = (".pkl",)
+MAX_WEIGHT = 1000  # of a source; its rows are listed so many times
 
 
 @dataclass(frozen=True)
@@ -143,9 +144,9 @@ def build_dataset(
         ValueError: a source cannot be read at all, or no row is left.
     """
     weights = [1.0] * len(sources) if weights is None else list(weights)
-    if len(weights) != len(sources) or any(weight < 0 for weight in weights):
+    if len(weights) != len(sources) or not all(0 <= weight <= MAX_WEIGHT for weight in weights):
         raise ValueError(
-            f"{len(weights)} weights for {len(sources)} sources ({weights}); give each one weight of at least 0"
+            f"{len(weights)} weights for {len(sources)} sources ({weights}); each needs one, from 0 to {MAX_WEIGHT}"
         )
     readers = [
         one if isinstance(one, FeatureReader) else FeatureReader(one, num_global_layers=processor.num_global_tokens)

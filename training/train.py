@@ -96,9 +96,10 @@ def _checkpoint_to_resume(training: TrainingArguments) -> str | None:
                 "`resume_from_checkpoint` auto, or give another `output_dir`"
             )
         return None
+    requested = str(requested)
     if last_whole_checkpoint(Path(requested).parent) is None or not (Path(requested) / "trainer_state.json").is_file():
         raise ValueError(f"`resume_from_checkpoint` {requested} is not a complete checkpoint")
-    return str(requested)
+    return requested
 
 
 def _load_model(arguments: ModelArguments) -> LongVLMForConditionalGeneration:

@@ -51,6 +51,8 @@ def one_line(error: BaseException | str) -> str:
     if type(error).__name__.startswith("StrictDataclass"):
         error = getattr(error, "__cause__", None) or error
     text = " ".join(str(error).replace("Value error, ", "").split()) or type(error).__name__
+    if isinstance(error, MemoryError):
+        text = f"there is not enough memory ({text})"
     # Names of files may hold anything, such as what recolours a terminal.
     text = "".join(c if c.isprintable() or c in JOINERS else c.encode("unicode_escape").decode() for c in text)
     # The remedy is at the end.
@@ -73,6 +75,8 @@ def _is_users(error: BaseException) -> bool:
     if isinstance(error, (ValueError, OSError, ImportError)):  # also VideoDecodeError, and those of huggingface_hub
         return True
     if isinstance(error, RecursionError) and "JSON" in str(error):  # a file of a checkpoint, nested too deeply
+        return True
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error)):
         return True
     names = {kind.__name__ for kind in type(error).__mro__}
     return bool(names & {"StrictDataclassError", "OutOfMemoryError", "HfHubHTTPError", "SafetensorError"})

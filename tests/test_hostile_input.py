@@ -322,7 +322,7 @@ COMMANDS = {
             "--projector",
             write("p.bin", PICKLE),
         ),
-        "p holds more than tensors, or is damaged, and is not read: a pickle can run code",
+        "p.bin holds more than tensors, or is damaged, and is not read: a pickle can run code",
     ),
     "convert: a deep description": (
         ("convert", "to-original", spoiled(MODEL, "config.json", b"[" * 10**5), "--out", "out", "-q"),

@@ -21,8 +21,8 @@ from filelock import FileLock, Timeout
 
 from longvlm.features.failures import FAILED, FailureLog, read_failed, write_failed
 from longvlm.features.fingerprint import feature_metadata
-from longvlm.features.store import SHARD, SHARDS, FeatureReader, FeatureWriter
-from longvlm.features.videos import Window, find_videos, window_name
+from longvlm.features.store import SHARD, SHARDS, FeatureReader, FeatureWriter, Window
+from longvlm.features.videos import find_videos, window_name
 from longvlm.modeling_longvlm.engine_longvlm import LongVLMEngine
 from longvlm.modeling_longvlm.modeling_longvlm import video_facts
 

@@ -25,11 +25,12 @@ from transformers.utils import logging
 
 from longvlm.features.fingerprint import fingerprint
 from longvlm.features.shards import FORMAT, VERSION, Shard, seal, write_shard
-from longvlm.features.videos import Window
 from longvlm.files import atomic_write, read_json_object
 from longvlm.modeling_longvlm.modeling_longvlm import LongVLMVideoFeatures
 
 logger = logging.get_logger(__name__)
+
+Window = tuple[float | None, float | None]  # start and end in seconds; `None`: of the video
 
 INDEX, SHARD, SHARDS = "index.json", "features-{:05}.safetensors", "features-*.safetensors"
 FACTS = {"num_frames": int, "duration": float, "frames_per_segment": int}

@@ -3,9 +3,16 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-Window = tuple[float | None, float | None]  # start and end in seconds; `None`: of the video
-
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".ts", ".mpg", ".mpeg", ".flv", ".wmv", ".gif")
+
+
+def _lines(file: Path) -> list[str]:
+    """The lines of a text file that are not blank."""
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise ValueError(f"{file} is not UTF-8 text; a list of videos has one path a line") from None
+    return [line.strip() for line in lines if line.strip()]
 
 
 def find_videos(sources: Iterable[str | Path]) -> dict[str, Path]:
@@ -46,27 +53,12 @@ def find_videos(sources: Iterable[str | Path]) -> dict[str, Path]:
     return dict(sorted(found.items()))
 
 
-def _lines(file: Path) -> list[str]:
-    """The lines of a text file that are not blank."""
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError:
-        raise ValueError(f"{file} is not UTF-8 text; a list of videos has one path a line") from None
-    return [line.strip() for line in lines if line.strip()]
+def window_name(name: str, video_start: float | None = None, video_end: float | None = None) -> str:
+    """The name of a video, or of a part of it (`name@start-end`, in seconds), in a folder of features."""
+    if video_start is None and video_end is None:
+        return name
+    start, end = ("" if seconds is None else f"{seconds:.12g}" for seconds in (video_start or 0, video_end))
+    return f"{name}@{start}-{end}"
 
 
-def window_name(video: str, start: float | None = None, end: float | None = None) -> str:
-    """
-    What a part of a video is called in a folder of features: `name@start-end`, or `name` for the whole of it.
-
-    Args:
-        video: name of the whole video.
-        start, end: in seconds, to the microsecond; `None`: the start or the end of the video (`name@90-`).
-    """
-    if start is None and end is None:
-        return video
-    first, last = ("" if side is None else f"{side:.6f}".rstrip("0").rstrip(".") for side in (start or 0, end))
-    return f"{video}@{first}-{last}"
-
-
-__all__ = ["VIDEO_SUFFIXES", "Window", "find_videos", "window_name"]
+__all__ = ["VIDEO_SUFFIXES", "find_videos", "window_name"]

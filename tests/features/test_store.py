@@ -246,5 +246,5 @@ def test_parts_of_a_video_have_names_of_their_own():
     assert window_name("a/film") == "a/film"
     assert window_name("a/film", 90, 120.5) == "a/film@90-120.5"
     assert window_name("film", 0.1 + 0.2, 5025.125) == "film@0.3-5025.125"
-    assert window_name("film", end=10) == window_name("film", 0, 10.0) == "film@0-10"
+    assert window_name("film", video_end=10) == window_name("film", 0, 10.0) == "film@0-10"
     assert window_name("film", 100000) == "film@100000-"

@@ -321,7 +321,7 @@ class FeatureReader(Mapping[str, StoredFeatures]):
         if old:
             logger.warning_once(
                 f"{self.folder}: {old:,} of {len(self._videos):,} videos were stored by an older version, without "
-                "checksums and times: damage to them goes unnoticed; extract them again to have both"
+                "checksums and times: damage to them goes unnoticed; extract into a new folder to have both"
             )
 
     def __getitem__(self, video: str) -> StoredFeatures:

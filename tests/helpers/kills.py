@@ -78,7 +78,16 @@ class Job:
 def hashes(folder: Path) -> dict[str, str]:
     """Name -> digest of all files in a folder, hidden ones included."""
     files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    return {name: hashlib.blake2b(path.read_bytes()).hexdigest() for name, path in files.items()}
+    return {name: hashlib.blake2b(content_of(path)).hexdigest() for name, path in files.items()}
+
+
+def content_of(file: Path) -> bytes:
+    """The bytes of a file; safetensors writes the metadata in its header in any order, so that is sorted."""
+    data = file.read_bytes()
+    if file.suffix != ".safetensors":
+        return data
+    end = 8 + int.from_bytes(data[:8], "little")
+    return json.dumps(json.loads(data[8:end]), sort_keys=True).encode() + data[end:]
 
 
 def features_in(folder: Path) -> dict[str, list]:

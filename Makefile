@@ -9,11 +9,11 @@ FLOOR  := 5.17
 OLD    := $(CURDIR)/.cache/transformers-$(FLOOR)
 PYTEST  = $(BIN)/python -m pytest $(if $(SLOW),--slow) $(ARGS)
 
-.PHONY: help setup demo test test-kills test-floor test-newest test-matrix lint style types bench smollm2 tiny ablations clean
+.PHONY: help setup demo test test-floor test-newest test-matrix test-kills test-suites lint style types bench smollm2 tiny ablations clean
 
 help:
 	@sed -n 's/^# make /make /p' Makefile
-	@echo "also: make lint | style | test-matrix | bench | tiny | ablations | smollm2 | clean"
+	@echo "also: make lint | style | test-matrix | test-suites | bench | tiny | ablations | smollm2 | clean"
 
 setup: $(STAMP)
 
@@ -47,6 +47,13 @@ test-newest: $(STAMP)
 	$(PYTEST)
 
 test-matrix: test-floor test-newest
+
+# transformers' own tests of models and processors, with the oldest and the newest: about a minute each on 2 cores. Each
+# version's are downloaded once, in its source archive.
+SUITES = $(BIN)/python -m tests.helpers.transformers_suites && $(BIN)/python -m pytest tests/transformers_suites
+test-suites: $(OLD)/.complete
+	export PYTHONPATH=$(OLD) && $(SUITES) $(ARGS)
+	$(SUITES) $(ARGS)
 
 lint: $(STAMP) types
 	$(BIN)/ruff check .

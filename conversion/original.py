@@ -392,7 +392,7 @@ def _check_tokens(folder: Path, processor: LongVLMProcessor) -> None:
     """The saved tokenizer must give the same ids as before it was saved."""
     text = f"A: <video>\nWhat? B: Well.{processor.tokenizer.eos_token}A: {VIDEO_TOKENS[1]} so"
     before, after = (
-        p(text=text, num_video_tokens=2)["input_ids"] for p in (processor, LongVLMProcessor.from_pretrained(folder))
+        p(text=text, video_token_counts=2)["input_ids"] for p in (processor, LongVLMProcessor.from_pretrained(folder))
     )
     if before != after:
         raise ValueError(f"the tokenizer changes when it is saved: {before} become {after}; update transformers")

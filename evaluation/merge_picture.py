@@ -12,6 +12,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from longvlm.files import atomic_write
+from longvlm.modeling_longvlm.plain_numbers import whole_number
 
 SIDE, GAP, MARGIN, HEADER = 160, 6, 96, 58
 BACKGROUND, INK, LINE = (250, 250, 248), (40, 40, 40), (255, 255, 255)
@@ -20,17 +21,19 @@ BACKGROUND, INK, LINE = (250, 250, 248), (40, 40, 40), (255, 255, 255)
 @torch.no_grad()
 def draw_merging(
     engine,
-    video: str,
+    video,
     out: Path,
     *,
-    num_frames: int | None = None,
     segments: int = 6,
     frames: int = 5,
+    **video_options,
 ) -> dict[str, int]:
     """Draws `segments` segments of the video, `frames` frames of each, evenly chosen, to a PNG file.
 
     Args:
         engine: a `LongVLMEngine`.
+        video: a path, a URL, or a video that was opened with `open_video`.
+        video_options: of the video processor: `num_frames`, `fps`, `video_start`, `video_end`...
 
     Returns:
         The numbers of the video: `frames`, `segments`, `patches`, `local_tokens`, `global_tokens`.
@@ -38,11 +41,12 @@ def draw_merging(
     Raises:
         VideoDecodeError, ValueError, OSError: one line about what the user can change.
     """
+    segments, frames = whole_number("segments", segments, 1), whole_number("frames", frames, 1)
     if out.suffix.lower() != ".png":
         raise ValueError(f"{out} is not a PNG file name; it must end in .png")
     processor, config = engine.processor.video_processor, engine.model.config
-    options = {} if num_frames is None else {"num_frames": num_frames}
-    seen = processor(video, do_rescale=False, do_normalize=False, return_metadata=True, return_tensors="pt", **options)
+    as_shown = {"do_rescale": False, "do_normalize": False}
+    seen = processor(video, return_metadata=True, return_tensors="pt", **as_shown, **video_options)
     pixels = seen["pixel_values_videos"][0]  # (T, 3, H, W), 0 to 255
     as_given = {"do_sample_frames": False, "do_resize": False, "do_center_crop": False}
     normalised = processor(pixels.to(torch.uint8), return_tensors="pt", **as_given)["pixel_values_videos"][0]
@@ -61,7 +65,18 @@ def draw_merging(
         "local_tokens": int(assignment.max()) + 1,
         "global_tokens": config.num_global_tokens,
     }
-    picture = _draw(Path(video).name, numbers, pixels, merged, assignment, times, shown, k, frames, (rows, columns))
+    picture = _draw(
+        Path(getattr(video, "name", video)).name,
+        numbers,
+        pixels,
+        merged,
+        assignment,
+        times,
+        shown,
+        k,
+        frames,
+        (rows, columns),
+    )
     with atomic_write(out) as partial:
         picture.save(partial)
     return numbers

@@ -25,6 +25,7 @@ from longvlm.features.store import SHARD, SHARDS, FeatureReader, FeatureWriter, 
 from longvlm.features.videos import find_videos, window_name
 from longvlm.modeling_longvlm.engine_longvlm import LongVLMEngine
 from longvlm.modeling_longvlm.modeling_longvlm import video_facts
+from longvlm.modeling_longvlm.plain_numbers import whole_number
 
 PART, PARTS = ".part-{:05}", ".part-*"  # one folder per process
 
@@ -73,13 +74,15 @@ def extract_features(
         run tries it again.
 
     Raises:
-        ValueError: see `find_videos` and `FeatureWriter`; or a video stored there has the name of another's window.
+        ValueError: see `find_videos` and `FeatureWriter`; options that no video can have; or a video is stored there
+            under the name of another's window.
     """
     # On a machine without accelerators, processes find each other only when told to use the CPU.
     state, out = PartialState(cpu=model.device.type == "cpu"), Path(out)
     options = dict(video_options or {})
     window = _window(options)
-    _check_sampling(processor.video_processor, options)
+    shard_bytes = whole_number("shard_bytes", shard_bytes, 1)
+    processor.video_processor.check_options(**options)
     videos = sources if isinstance(sources, Mapping) else find_videos(sources)
     videos = {window_name(name, *window or ()): video for name, video in videos.items()}
     made_by = {
@@ -123,12 +126,6 @@ def extract_features(
     stored = set(FeatureReader(out))
     encoded = sum(name in stored for name in missing)
     return ExtractionReport(encoded, len(videos) - len(missing), len(missing) - encoded)
-
-
-def _check_sampling(video_processor, options: Mapping[str, Any]) -> None:
-    """Refuses options that no video can have, which are not the fault of every video."""
-    rule = {name: options[name] for name in ("num_frames", "fps", "max_frames", "short_video") if name in options}
-    video_processor.sample_frames({"total_num_frames": 1000, "fps": 25.0}, **rule)
 
 
 def _window(options: Mapping[str, Any]) -> Window | None:

@@ -72,6 +72,8 @@ def feature_metadata(model, video_processor, video_options: Mapping[str, Any] | 
     values = {name: options.get(name, getattr(video_processor, name, None)) for name in PREPROCESSING}
     if values["fps"] is not None:
         values["num_frames"] = None
+    if options.get("video_stream") is not None:  # only then: older folders are of the default stream
+        values["video_stream"] = options["video_stream"]
     metadata = {
         "encoder": config.vision_config.model_type,
         "encoder_weights": digest.hexdigest()[:16],

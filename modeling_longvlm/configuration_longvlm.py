@@ -4,11 +4,10 @@ The letters of the paper, used in all shape comments: T frames in a video, N pat
 encoder, K frames in a segment, S segments in a video, M tokens per merged segment, E global tokens, C merge heads.
 """
 
-import operator
-
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from .plain_numbers import whole_number
 from .remote_code import is_remote
 from .token_merging import check_method, clip_schedule
 
@@ -90,7 +89,7 @@ class LongVLMConfig(PreTrainedConfig):
         video_start_token_id: int | None = None,
         video_end_token_id: int | None = None,
         vision_chunk_frames: int = 16,
-        image_size: int | None = None,
+        image_size: int | list[int] | tuple[int, int] | None = None,
         lm_head_bias: bool = False,
         video_delimiters: bool = True,
         **kwargs,
@@ -130,14 +129,19 @@ class LongVLMConfig(PreTrainedConfig):
         """Refuses values that the method cannot work with (see `Raises` of the class), and brings
         `tokens_per_segment` in line with `merge_schedule`. Called again by the model, since fields can be changed."""
         layers = self.vision_config.num_hidden_layers
-        check_at_least("frames_per_segment", self.frames_per_segment, 1)
-        check_at_least("tokens_per_segment", self.tokens_per_segment, 1)
-        check_at_least("vision_chunk_frames", self.vision_chunk_frames, 1)
-        check_at_least("merge_num_heads", self.merge_num_heads, 1)
-        check_at_least("num_global_layers", self.num_global_layers, 0)
-        ids = {name: getattr(self, name) for name in ("video_token_id", "video_start_token_id", "video_end_token_id")}
-        for name, value in ids.items():
-            check_at_least(name, value, 0)
+        names = ("video_token_id", "video_start_token_id", "video_end_token_id")
+        limits = {
+            "frames_per_segment": 1,
+            "tokens_per_segment": 1,
+            "vision_chunk_frames": 1,
+            "merge_num_heads": 1,
+            "num_global_layers": 0,
+            "vision_feature_layer": -layers - 1,
+            **dict.fromkeys(names, 0),
+        }
+        for name, limit in limits.items():
+            setattr(self, name, whole_number(name, getattr(self, name), limit))
+        ids = {name: getattr(self, name) for name in names}
         if len(set(ids.values())) < len(ids):
             raise ValueError(f"the three video tokens need ids of their own, got {ids}")
         if self.num_global_layers > layers:
@@ -145,7 +149,6 @@ class LongVLMConfig(PreTrainedConfig):
                 f"num_global_layers must be at most {layers}, the layers of the vision encoder, got "
                 f"{self.num_global_layers}"
             )
-        check_at_least("vision_feature_layer", self.vision_feature_layer, -layers - 1)
         if self.vision_feature_layer > layers:
             raise ValueError(
                 f"vision_feature_layer must be a hidden state of the vision encoder, from {-layers - 1} to {layers}, "
@@ -153,16 +156,18 @@ class LongVLMConfig(PreTrainedConfig):
             )
         if not isinstance(self.merge_schedule, (list, type(None))):
             raise ValueError(f"merge_schedule must be a list with the pairs of each step, got {self.merge_schedule!r}")
-        for r in self.merge_schedule or ():
-            check_at_least("each step of merge_schedule", r, 1)
+        if self.merge_schedule is not None:
+            self.merge_schedule = [whole_number("each step of merge_schedule", r, 1) for r in self.merge_schedule]
         width = self.vision_config.hidden_size
         check_method(width, self.merge_num_heads, self.merge_similarity, self.merge_order, prefix="merge_")
         _one_of("global_placement", self.global_placement, ("prefix", "suffix", "none"))
         _one_of("projector_type", self.projector_type, ("linear", "mlp2x_gelu"))
         if not isinstance(self.video_delimiters, bool):
             raise ValueError(f"video_delimiters must be True or False, got {self.video_delimiters!r}")
-        if self.image_size is not None and not isinstance(self.image_size, (list, tuple)):
-            check_at_least("image_size", self.image_size, 1)
+        if isinstance(self.image_size, (list, tuple)):
+            self.image_size = [whole_number("image_size", edge, 1) for edge in self.image_size]
+        elif self.image_size is not None:
+            self.image_size = whole_number("image_size", self.image_size, 1)
         (height, width), (patch_height, patch_width) = self.frame_size, _pair(self.vision_config.patch_size)
         if height < patch_height or width < patch_width:
             raise ValueError(
@@ -201,8 +206,7 @@ class LongVLMConfig(PreTrainedConfig):
         Raises:
             ValueError: `num_frames` is less than 1.
         """
-        check_at_least("num_frames", num_frames, 1)
-        num_frames = operator.index(num_frames)
+        num_frames = whole_number("num_frames", num_frames, 1)
         k = self.segment_length(num_frames)
         segments, rest = divmod(num_frames, k)
         frames = [k] * segments + [rest]
@@ -252,11 +256,6 @@ def _sub_config(name: str, value, default_type: str, default: dict) -> PreTraine
 
 def _pair(size) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (size[0], size[1])
-
-
-def check_at_least(name: str, value, limit: int) -> None:
-    if not hasattr(value, "__index__") or isinstance(value, bool) or operator.index(value) < limit:
-        raise ValueError(f"{name} must be a whole number of at least {limit}, got {value!r}")
 
 
 def _one_of(name: str, value, choices: tuple[str, ...]) -> None:

@@ -10,6 +10,7 @@ Note: a video is encoded before the prompt is built, since its features say how 
 """
 
 import copy
+import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
 from .feature_cache_longvlm import VideoFeatureCache, describe_options, video_key
+from .plain_numbers import plain_generation_options
 
 DEFAULT_MAX_NEW_TOKENS = 256
 
@@ -87,8 +89,9 @@ class LongVLMEngine:
             video: anything the video processor takes (a path, URL, bytes, a folder of images, frames), or
                 features, which are returned unchanged.
             progress: called as `progress(stage, done, total)`, in frames, with the stages `"decode"` and `"encode"`;
-                not called if the features are in the cache or another thread is encoding the video.
-            video_options: of the video processor: `num_frames`, `fps`, `max_frames`, `short_video`...
+                not called if the features are in the cache or another thread is encoding the video. Before that, a URL
+                or a pipe has the stage `"download"`, in bytes; its total is 0 if it is unknown.
+            video_options: of the video processor: `num_frames`, `fps`, `max_frames`, `video_start`, `video_end`...
 
         Returns:
             [`LongVLMVideoFeatures`] of one video, which messages accept as `"video"`.
@@ -105,13 +108,14 @@ class LongVLMEngine:
             if video_options:
                 raise ValueError(f"{', '.join(video_options)} cannot be applied to features: give the video itself")
             return self.model.base_model.as_video_features(video)
+        video = self.processor.video_processor.encoded_video(video)
         settings = describe_options(video_options), self.processor.video_processor.to_json_string(), self._method()
-        if not _is_address(video):
+        if not _is_known_by_content(video):
             key = video_key(video, *settings)
             return self.cache.get_or_make(key, lambda: self._encode(video, video_options, progress), check)
-        # Its content is the key: the same address may hold another video tomorrow.
-        with self.processor.video_processor.open_video(video) as source:
-            key = video_key(source.path if not source.temporary and source.path else source.digest(), *settings)
+        # Its content is the key: the same address may hold another video tomorrow, and bytes may have any name.
+        with self.processor.video_processor.open_video(video, progress=progress) as source:
+            key = video_key(source.path or source.digest(), *settings)
             return self.cache.get_or_make(key, lambda: self._encode(source, video_options, progress), check)
 
     def _encode(self, video, video_options: dict, progress: Progress | None):
@@ -186,9 +190,10 @@ class LongVLMEngine:
             ValueError: the messages do not have this form.
             VideoDecodeError: a video cannot be read.
         """
-        conversations, is_batch = _as_conversations(messages)
+        conversations, is_batch = _as_conversations(messages, self.processor)
         if max_new_tokens is not None:
             generate_kwargs["max_new_tokens"] = max_new_tokens
+        generate_kwargs = plain_generation_options(generate_kwargs)
         try:
             prompt = self._prepare(conversations, progress, should_stop, chat_template, chat_template_kwargs)
         except _Stopped:
@@ -214,10 +219,11 @@ class LongVLMEngine:
         Raises:
             ValueError: several conversations, answers or beams.
         """
-        conversations, is_batch = _as_conversations(messages)
+        conversations, is_batch = _as_conversations(messages, self.processor)
         if is_batch:
             raise ValueError(f"stream answers one conversation at a time, got {len(conversations)}: call it for each")
-        if options.get("num_beams", 1) > 1 or options.get("num_return_sequences", 1) > 1:
+        options = plain_generation_options(options)
+        if (options.get("num_beams") or 1) > 1 or (options.get("num_return_sequences") or 1) > 1:
             raise ValueError("stream gives one answer, without beams: leave out num_beams and num_return_sequences")
         return self._stream(conversations[0], options)
 
@@ -285,7 +291,7 @@ class LongVLMEngine:
         Raises:
             ValueError: there are no choices, one is not text, or the conversation already ends with an answer.
         """
-        conversations, is_batch = _as_conversations(messages)
+        conversations, is_batch = _as_conversations(messages, self.processor)
         if is_batch:
             raise ValueError(f"score_choices takes one conversation, got {len(conversations)}: call it for each")
         messages = conversations[0]
@@ -343,7 +349,7 @@ class LongVLMEngine:
         counts = [] if features is None else features.num_tokens(self.model.config)
         with self._tokenizer_lock:
             inputs = self.processor(
-                text=texts, num_video_tokens=counts, padding=True, padding_side="left", return_tensors="pt"
+                text=texts, video_token_counts=counts, padding=True, padding_side="left", return_tensors="pt"
             ).to(self.model.device)
         return {**inputs} if features is None else {**inputs, "video_features": features}
 
@@ -447,7 +453,7 @@ class LongVLMEngine:
         )
         counts = [] if features is None else features.num_tokens(self.model.config)
         with self._tokenizer_lock:
-            return list(self.processor(text=[text], num_video_tokens=counts)["input_ids"][0])
+            return list(self.processor(text=[text], video_token_counts=counts)["input_ids"][0])
 
     def _end_of_turn(self, ids: list[int], start: int) -> int:
         """Where the answer that begins at `start` ends, including its end token."""
@@ -523,29 +529,30 @@ def _stoppable(progress: Progress | None, should_stop: Callable[[], bool] | None
     return report
 
 
-def _is_address(video) -> bool:
-    return isinstance(video, str) and "://" in video[:16]
+def _is_known_by_content(video) -> bool:
+    """An address, a pipe, or a video that was opened before."""
+    if isinstance(video, (str, os.PathLike)):
+        path = os.fsdecode(video)
+        return "://" in path[:16] or (os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path))
+    return hasattr(video, "digest")
 
 
 def _are_features(video) -> bool:
     return isinstance(video, Mapping) and "local_features" in video
 
 
-def _as_conversations(messages) -> tuple[list, bool]:
+def _as_conversations(messages, processor) -> tuple[list[list[dict]], bool]:
     """-> conversations, and whether a list of them was given. The processor checks the messages' content."""
     messages = getattr(messages, "messages", messages)
     if not isinstance(messages, (list, tuple)) or not messages:
         raise ValueError(f"messages must be a list of messages, or a list of such lists, got {messages!r:.80}")
-    is_batch = isinstance(messages[0], (list, tuple)) or hasattr(messages[0], "messages")
+    first = messages[0]
+    is_batch = not hasattr(first, "role") and (isinstance(first, (list, tuple)) or hasattr(first, "messages"))
     conversations = [getattr(one, "messages", one) for one in messages] if is_batch else [messages]
     for one in conversations:
-        if (
-            not isinstance(one, (list, tuple))
-            or not one
-            or not all(isinstance(m, Mapping) and "role" in m for m in one)
-        ):
+        if not isinstance(one, (list, tuple)) or not one:
             raise ValueError(f'a conversation must be a list of {{"role": ..., "content": ...}}, got {one!r:.80}')
-    return [list(one) for one in conversations], is_batch
+    return [processor.plain_messages(one) for one in conversations], is_batch
 
 
 def _count_trailing(ids: Sequence[int], value: int | None) -> int:

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import torch
 
+from .plain_numbers import whole_number
+
 
 class VideoFeatureCache:
     """An LRU cache of `LongVLMVideoFeatures`, one entry per video, bounded in bytes. Safe for threads.
@@ -25,9 +27,7 @@ class VideoFeatureCache:
     """
 
     def __init__(self, max_bytes: int):
-        if max_bytes < 0:
-            raise ValueError(f"max_bytes must be at least 0, got {max_bytes}")
-        self.max_bytes = max_bytes
+        self.max_bytes = whole_number("max_bytes", max_bytes, 0)
         self._entries: OrderedDict[bytes, object] = OrderedDict()
         self._num_bytes = 0
         self._making: dict[bytes, Future] = {}

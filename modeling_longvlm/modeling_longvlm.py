@@ -27,6 +27,7 @@ from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_longvlm import LongVLMConfig
+from .plain_numbers import plain_generation_config, plain_generation_options, whole_number
 from .remote_code import code_named
 from .token_merging import merge_tokens
 from .video_state_longvlm import LongVLMVideoState
@@ -122,20 +123,24 @@ def video_facts(features: Mapping) -> dict[str, tuple | None]:
 class LongVLMModelOutputWithPast(BaseModelOutputWithPast):
     """
     Args:
-        video_features ([`LongVLMVideoFeatures`], *optional*): features of the videos, if any.
+        video_features ([`LongVLMVideoFeatures`], *optional*): features of the videos, if any; `video_outputs` is
+            another name for them, transformers' own.
     """
 
     video_features: LongVLMVideoFeatures | None = None
+    video_outputs = property(lambda self: self.video_features)
 
 
 @dataclass
 class LongVLMCausalLMOutputWithPast(CausalLMOutputWithPast):
     """
     Args:
-        video_features ([`LongVLMVideoFeatures`], *optional*): features of the videos, if any.
+        video_features ([`LongVLMVideoFeatures`], *optional*): features of the videos, if any; `video_outputs` is
+            another name for them, transformers' own.
     """
 
     video_features: LongVLMVideoFeatures | None = None
+    video_outputs = property(lambda self: self.video_features)
 
 
 class LongVLMMultiModalProjector(nn.Module):
@@ -246,7 +251,12 @@ class LongVLMModel(LongVLMPreTrainedModel):
         videos, max_frames = pixel_values_videos.shape[:2]
         if not videos:
             raise ValueError("pixel_values_videos contains no video: leave it out for prompts without video")
-        num_frames = [max_frames] * videos if num_frames is None else torch.as_tensor(num_frames).flatten().tolist()
+        if num_frames is None:
+            num_frames = [max_frames] * videos
+        else:
+            several = isinstance(num_frames, (list, tuple))
+            given = num_frames if several else torch.as_tensor(num_frames).flatten().tolist()
+            num_frames = [whole_number("num_frames", count) for count in given]
         if len(num_frames) != videos or not all(1 <= n <= max_frames for n in num_frames):
             raise ValueError(
                 f"num_frames must be a number from 1 to {max_frames} for each of {videos} videos, got {num_frames}"
@@ -504,6 +514,8 @@ class LongVLMForConditionalGeneration(LongVLMPreTrainedModel, GenerationMixin):
         name = next(name for name, module in self.model.named_modules() if module is embeddings)
         self._tied_weights_keys = {"lm_head.weight": f"model.{name}.weight"}
         self.post_init()
+        if config.tie_word_embeddings and f"model.{name}" not in self._tp_plan:
+            self._tp_plan.pop("lm_head", None)  # one tensor: sharded over devices in both places or in none
 
     def get_input_embeddings(self) -> nn.Module:
         return self.model.get_input_embeddings()
@@ -592,8 +604,9 @@ class LongVLMForConditionalGeneration(LongVLMPreTrainedModel, GenerationMixin):
         three video tokens are never generated.
 
         Raises:
-            ValueError: placeholders and video tokens differ in number.
+            ValueError: placeholders and video tokens differ in number, or an option is not the number that it must be.
         """
+        kwargs, generation_config = plain_generation_options(kwargs), plain_generation_config(generation_config)
         pixel_values_videos = kwargs.pop("pixel_values_videos", None)
         num_frames = kwargs.pop("num_frames", None)
         features = kwargs.pop("video_features", None)

@@ -12,13 +12,19 @@ import torch
 from transformers import Pipeline
 
 from .engine_longvlm import LongVLMEngine
+from .pipeline_inputs_longvlm import arrange_inputs
+from .plain_numbers import whole_number
 
 # The options of a call that go to the video processor; all others go to `generate()`.
 _VIDEO_OPTIONS = (
     "num_frames",
+    "nframes",
     "fps",
     "max_frames",
     "short_video",
+    "video_start",
+    "video_end",
+    "video_stream",
     "decoding_backend",
     "do_sample_frames",
     "video_metadata",
@@ -49,7 +55,7 @@ class VideoQuestionAnsweringPipeline(Pipeline):
     _pipeline_calls_generate = False
 
     def __init__(self, *args, video_cache_bytes: int = 256 << 20, **kwargs):
-        super().__init__(*args, **kwargs)
+        super().__init__(*args, **_plain_loading_options(kwargs))
         if self.processor is None:
             raise ValueError(
                 "a pipeline made from a model object also needs its processor: pipeline(..., processor=...)"
@@ -64,35 +70,35 @@ class VideoQuestionAnsweringPipeline(Pipeline):
     def __call__(self, inputs=None, *, video=None, question=None, **kwargs):
         """
         Args:
-            inputs (`dict` or list of `dict`, *optional*): `{"video": ..., "question": ...}`, a list of them or a
-                dataset.
-            video: instead of `inputs`: a path, URL, bytes, a folder of images or a list of frames; or a list of
-                videos, one for each question.
+            inputs (`dict` or list of `dict`, *optional*): `{"video": ..., "question": ...}`, a list of them, an
+                iterator, or a data set with these columns (of `datasets` or of torch). Together with `question`: the
+                videos, such as `KeyDataset(dataset, "video")`.
+            video: instead of `inputs`: a path, URL, bytes, a row of a Video column, a folder of images or a list of
+                frames; or several videos (a list, a column of a data set, an iterator), one for each question.
             question (`str` or `list[str]`): instead of `inputs`: one question, or several. With a single video, all
                 are about it.
             batch_size (`int`, *optional*): how many questions go through the LLM together.
             return_full_text (`bool`, *optional*): put the prompt before the answer.
             system (`str`, *optional*): system message that replaces the chat template's own.
             chat_template (`str`, *optional*): another chat template, or the name of a built-in one.
-            num_frames, fps, max_frames, short_video, decoding_backend: as in the video processor.
+            num_frames, fps, max_frames, short_video, video_start, video_end, video_stream, decoding_backend: as in the
+                video processor.
             progress (`Callable`, *optional*): called as `progress(stage, done, total)`, in frames, with the stages
                 `"decode"` and `"encode"`.
             kwargs: options of `generate()` such as `max_new_tokens` (default 256), `do_sample`, `streamer`.
 
         Returns:
-            `{"answer": str}`; for several inputs, a list. With `num_return_sequences` above 1, each answer is a list.
+            `{"answer": str}`; for a list of inputs, a list; for a data set or an iterator, an iterator. With
+            `num_return_sequences` above 1, each answer is a list.
 
         Raises:
             VideoDecodeError: a video cannot be read.
             ValueError: the inputs do not have this form.
         """
-        if inputs is None:
-            inputs = _pair_up(video, question)
-        elif video is not None or question is not None:
-            raise ValueError("give inputs, or video and question, not both")
+        inputs = arrange_inputs(inputs, video, question)
         if isinstance(inputs, list) and not inputs:
             return []
-        return super().__call__(inputs, **kwargs)
+        return super().__call__(inputs, **_plain_loading_options(kwargs))
 
     def _sanitize_parameters(
         self, return_full_text=None, system=None, chat_template=None, progress=None, generate_kwargs=None, **kwargs
@@ -140,29 +146,11 @@ class VideoQuestionAnsweringPipeline(Pipeline):
         self.processor.save_pretrained(save_directory, **kwargs)
 
 
-def _pair_up(video, question) -> dict | list[dict]:
-    """One input, or as many as there are videos or questions."""
-    if isinstance(video, (list, tuple)) and not _are_frames(video):
-        videos = list(video)
-    else:
-        videos = list(video) if getattr(video, "ndim", 0) == 5 else None
-    questions = list(question) if isinstance(question, (list, tuple)) else None
-    if videos is None and questions is None:
-        return {"video": video, "question": question}
-    videos = [video] * len(questions) if videos is None else videos
-    questions = [question] * len(videos) if questions is None else questions
-    if len(videos) != len(questions):
-        raise ValueError(
-            f"{len(videos)} videos and {len(questions)} questions were given: give one question for each video, one "
-            "video, or one question"
-        )
-    return [{"video": one, "question": text} for one, text in zip(videos, questions, strict=True)]
-
-
-def _are_frames(videos) -> bool:
-    """Whether a list is the frames of ONE video: images, or arrays of at most three dimensions."""
-    first = videos[0] if len(videos) else None
-    return hasattr(first, "getbands") or (hasattr(first, "ndim") and first.ndim <= 3)
+def _plain_loading_options(options: dict) -> dict:
+    """With the numbers that the base class gives to a `DataLoader` as plain ones."""
+    limits = {"batch_size": 1, "num_workers": 0}
+    given = {name: options[name] for name in limits if options.get(name) is not None}
+    return {**options, **{name: whole_number(name, value, limits[name]) for name, value in given.items()}}
 
 
 def _describe(value) -> str:

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .plain_numbers import whole_number
+
 SIMILARITIES = ("mean_head", "per_head")
 ORDERS = ("matching", "time")
 
@@ -31,8 +33,7 @@ def derive_schedule(tokens: int, num_tokens: int) -> list[int]:
     Raises:
         ValueError: either is less than 1.
     """
-    if tokens < 1 or num_tokens < 1:
-        raise ValueError(f"tokens and num_tokens must be at least 1, got tokens={tokens} and num_tokens={num_tokens}")
+    tokens, num_tokens = whole_number("tokens", tokens, 1), whole_number("num_tokens", num_tokens, 1)
     schedule = []
     while tokens > num_tokens:
         schedule.append(min(tokens // 2, tokens - num_tokens))
@@ -90,6 +91,11 @@ def merge_tokens(
     Raises:
         ValueError: an argument is impossible; the message names it, its value and the limit.
     """
+    num_heads = whole_number("num_heads", num_heads, 1)
+    if num_tokens is not None:
+        num_tokens = whole_number("num_tokens", num_tokens, 1)
+    if schedule is not None:
+        schedule = [whole_number("each step of schedule", r) for r in schedule]
     _check_arguments(hidden_states, num_tokens, schedule, num_heads, similarity, order)
     tokens = hidden_states.shape[1]
     if schedule is None:
@@ -143,8 +149,6 @@ def _check_arguments(hidden_states: Tensor, num_tokens, schedule, num_heads: int
         raise ValueError(f"hidden_states must be floating point, got {hidden_states.dtype}")
     if num_tokens is None and schedule is None:
         raise ValueError("merge_tokens needs num_tokens or schedule, got neither")
-    if num_tokens is not None and num_tokens < 1:
-        raise ValueError(f"num_tokens must be at least 1, got {num_tokens}")
     check_method(hidden_states.shape[-1], num_heads, similarity, order)
 
 

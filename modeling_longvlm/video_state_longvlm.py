@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .configuration_longvlm import check_at_least
+from .plain_numbers import whole_number
 from .vision_tower_longvlm import encode_frames, vision_encoder
 
 
@@ -35,8 +35,7 @@ class LongVLMVideoState:
         self.model = model
         if frames_per_segment is None:
             frames_per_segment = model.config.frames_per_segment
-        check_at_least("frames_per_segment", frames_per_segment, 1)
-        self.frames_per_segment = frames_per_segment
+        self.frames_per_segment = whole_number("frames_per_segment", frames_per_segment, 1)
         self.num_frames = 0
         self.duration: float | None = None
         self._times: list[float] | None = []

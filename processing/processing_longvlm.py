@@ -8,7 +8,7 @@ Note: user text (the content of a chat) is never searched for special tokens; se
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from numbers import Integral
+from numbers import Number
 from typing import Any, NamedTuple
 
 from tokenizers import AddedToken
@@ -17,9 +17,12 @@ from transformers.processing_utils import MultiModalData, ProcessingKwargs, Proc
 from transformers.utils import logging
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from .chat_messages import is_message, plain_messages
+from .chat_template_form import AS_GIVEN, PARTS, STRING, content_form
 from .chat_templates_longvlm import CHAT_TEMPLATES, DEFAULT_CHAT_TEMPLATE
+from .option_values import plain_video_options, whole_number
 from .text_escaping import ESCAPE_MARK, escape, tokenizer_for_escaped_text
-from .video_processing_longvlm import LongVLMVideoProcessor, flatten_videos
+from .video_processing_longvlm import LongVLMVideoProcessor, auto_map_in_files_only, flatten_videos
 
 logger = logging.get_logger(__name__)
 
@@ -75,9 +78,7 @@ class LongVLMProcessor(ProcessorMixin):
             "patches_per_frame": (patches_per_frame, 1),
         }
         for name, (value, least) in counts.items():
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ValueError(f"{name}={value!r} must be a whole number of at least {least}")
-            setattr(self, name, value)
+            setattr(self, name, whole_number(name, value, least))
         if not isinstance(video_delimiters, bool):
             raise ValueError(f"video_delimiters={video_delimiters!r} must be True or False")
         self.video_delimiters = video_delimiters
@@ -116,6 +117,11 @@ class LongVLMProcessor(ProcessorMixin):
             **kwargs,
         )
 
+    def save_pretrained(self, save_directory, **kwargs):
+        """As in transformers."""
+        with auto_map_in_files_only(self, self.video_processor):
+            return super().save_pretrained(save_directory, **kwargs)
+
     @property
     def video_token_id(self) -> int:
         return self.tokenizer.convert_tokens_to_ids(self.video_token)
@@ -139,10 +145,9 @@ class LongVLMProcessor(ProcessorMixin):
 
     def num_video_tokens(self, num_frames: int) -> int:
         """Number of tokens of a video of `num_frames` frames, without `<vid_start>` and `<vid_end>`."""
-        if num_frames < 1:
-            raise ValueError(f"num_frames={num_frames}: a video has at least 1 frame")
-        k = self.segment_length(int(num_frames))
-        full, rest = divmod(int(num_frames), k)
+        num_frames = whole_number("num_frames", num_frames, 1)
+        k = self.segment_length(num_frames)
+        full, rest = divmod(num_frames, k)
         segments = [k] * full + [rest] * (rest > 0)
         return self.total_video_tokens(
             sum(min(self.tokens_per_segment, frames * self.patches_per_frame) for frames in segments)
@@ -182,7 +187,7 @@ class LongVLMProcessor(ProcessorMixin):
         self,
         text: str | list[str] | None = None,
         videos=None,
-        num_video_tokens: int | Sequence[int] | None = None,
+        video_token_counts: int | Sequence[int] | None = None,
         *,
         video_features: Mapping | None = None,
         video_options: Sequence[Mapping | None] | None = None,
@@ -198,10 +203,11 @@ class LongVLMProcessor(ProcessorMixin):
             videos:
                 One video, a list of videos in the order of their placeholders, or a list per text (`[]` or `None` for
                 one without video). `LongVLMVideoProcessor.preprocess` says what a video can be.
-            num_video_tokens (`int` or a sequence of them):
-                Instead of `videos`, if their features are already encoded: the number of tokens of each.
+            video_token_counts (`int` or a sequence of them):
+                Instead of `videos`, if their features are already encoded: the number of tokens of each. Also taken
+                by its earlier name, `num_video_tokens`.
             video_features (`Mapping`):
-                Instead of `num_video_tokens`: the features themselves (`local_features`), whose tokens are counted.
+                Instead of `video_token_counts`: the features themselves (`local_features`), whose tokens are counted.
             video_options (`list[dict]`, *optional*):
                 Options of the video processor for single videos, over those in `kwargs`: one dict (or `None`) per
                 video, in the order of their placeholders.
@@ -222,25 +228,36 @@ class LongVLMProcessor(ProcessorMixin):
                 raise ValueError(f"LongVLM takes text and videos, not {name}; remove {name}=")
         for name in ("load_audio_from_video", "sanitize_control_tokens"):
             kwargs.pop(name, None)
+        earlier_name = kwargs.pop("num_video_tokens", None)
+        if earlier_name is not None:
+            if video_token_counts is not None:
+                raise ValueError("num_video_tokens is the earlier name of video_token_counts; pass the latter")
+            video_token_counts = earlier_name
         if video_features is not None:
-            if num_video_tokens is not None:
-                raise ValueError("video_features and num_video_tokens exclude each other; pass one of them")
-            num_video_tokens = self.count_video_tokens(video_features)
+            if video_token_counts is not None:
+                raise ValueError("video_features and video_token_counts exclude each other; pass one of them")
+            video_token_counts = self.count_video_tokens(video_features)
+        if isinstance(videos, Sequence) and not isinstance(videos, (list, tuple, str, bytes, bytearray, memoryview)):
+            videos = list(videos)  # a column of a data set
         texts = None if text is None else _as_texts(text)
         rows = _videos_per_text(videos, texts)
         videos = _drop_empty_rows(videos)
-        if videos is not None and num_video_tokens is not None:
-            raise ValueError("videos and num_video_tokens exclude each other; pass one of them")
+        if videos is not None and video_token_counts is not None:
+            raise ValueError("videos and video_token_counts exclude each other; pass one of them")
+        if videos is None and any(video_options or ()):
+            names = ", ".join(sorted({name for one in video_options or () for name in one or ()}))
+            raise ValueError(f"{names} cannot be applied to encoded videos: give the videos themselves")
         if texts is None and videos is None:
             raise ValueError("LongVLMProcessor was called without text and without videos; pass at least one")
-        counts = _as_counts(num_video_tokens)
+        counts = _as_counts(video_token_counts)
         if texts is not None:
             texts = [self._one_token_per_video(sample) for sample in texts]
             self._check_placeholders(texts, len(counts) if videos is None else len(flatten_videos(videos)), rows)
 
         offered = {name: kwargs.pop(name, False) for name in _EXTRA_OUTPUTS}
         wants_metadata = kwargs.get("return_metadata") or kwargs.get("videos_kwargs", {}).get("return_metadata")
-        kwargs = {key: dict(value) if isinstance(value, dict) else value for key, value in kwargs.items()}
+        kwargs = {key: _plain_options(value) if isinstance(value, dict) else value for key, value in kwargs.items()}
+        kwargs = _plain_options(kwargs)
         merged = self._merge_kwargs(
             self.valid_processor_kwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs
         )
@@ -367,10 +384,13 @@ class LongVLMProcessor(ProcessorMixin):
 
         Content is a string or a list of parts, `{"type": "text", "text": ...}` and `{"type": "video", "video": ...}`
         (or `"path"` or `"url"`; with none of them, a placeholder whose video is given as `videos=` or
-        `num_video_tokens=`). A video part can also hold options of the video processor: `"num_frames": 50`.
-        A line feed separates a placeholder from neighbouring text, as in the original; neighbouring texts are joined
-        as they are. A system message replaces that of a built-in template. Content is never searched for special
-        tokens.
+        `video_token_counts=`). A video part can also hold options of the video processor: `"num_frames": 50`
+        (or `"nframes"`), `"fps": 1`, `"video_start": 60`...
+        Messages and parts may also be objects with these attributes: dataclasses, pydantic models.
+        Most templates read content as a string: a line feed separates a placeholder from neighbouring text, as in the
+        original; neighbouring texts are joined as they are. A template that reads parts (`message.content[0].text`)
+        gets parts, and writes `<vid_patch>` or `<video>` for a video; if it does not, it gets the string in one part.
+        A system message replaces that of a built-in template. Content is never searched for special tokens.
 
         Args:
             conversation: list of messages `{"role", "content"}`, or a list of such lists.
@@ -395,25 +415,20 @@ class LongVLMProcessor(ProcessorMixin):
             raise ValueError("return_assistant_tokens_mask=True needs return_dict=True: the mask is part of the dict")
         chat_template = self._find_template(chat_template)
         conversations, is_batched = _as_conversations(conversation)
-        flat = [self._flatten_conversation(messages) for messages in conversations]
+        conversations = [plain_messages(messages) for messages in conversations]
         kwargs.pop("sanitize_control_tokens", None)  # 5.24's way for single calls; here content is always text
         template_kwargs, call_kwargs = self._split_kwargs(kwargs, chat_template)
-        try:
-            prompts, spans = render_jinja_template(
-                conversations=[messages for messages, _, _ in flat],
-                tools=tools,
-                documents=documents,
-                chat_template=chat_template,
-                return_assistant_tokens_mask=return_assistant_tokens_mask,
-                continue_final_message=continue_final_message,
-                add_generation_prompt=add_generation_prompt,
-                **{**self.tokenizer.special_tokens_map, **template_kwargs},
-            )
-        except Exception as error:
-            # By its module: this file must not need jinja2 to be loaded. Templates refuse with raise_exception().
-            if type(error).__module__.partition(".")[0] != "jinja2":
-                raise
-            raise ValueError(f"the chat template refuses this conversation: {error}") from error
+
+        prompts, spans, flat = self._render(
+            conversations,
+            chat_template,
+            tools=tools,
+            documents=documents,
+            return_assistant_tokens_mask=return_assistant_tokens_mask,
+            continue_final_message=continue_final_message,
+            add_generation_prompt=add_generation_prompt,
+            **{**self.tokenizer.special_tokens_map, **template_kwargs},
+        )
         if not tokenize:
             return prompts if is_batched else prompts[0]
 
@@ -425,8 +440,9 @@ class LongVLMProcessor(ProcessorMixin):
         if call_kwargs.get("num_frames") is not None or call_kwargs.get("fps") is not None:
             call_kwargs.setdefault("do_sample_frames", True)
         sources = [videos for _, videos, _ in flat]
-        if any(options for _, _, parts in flat for options in parts):
-            call_kwargs["video_options"] = [options for _, _, parts in flat for options in parts]
+        options = [one for _, _, parts in flat for one in parts]
+        if any(options):
+            call_kwargs["video_options"] = options
         if any(sources):
             if call_kwargs.get("videos") is not None:
                 raise ValueError("videos= and videos inside the conversation exclude each other; use one of them")
@@ -437,12 +453,53 @@ class LongVLMProcessor(ProcessorMixin):
             out.update(BatchFeature({"assistant_masks": masks}, tensor_type=call_kwargs.get("return_tensors")))
         return out if return_dict else out["input_ids"]
 
+    def _render(self, conversations: list[list[dict]], chat_template: str, **options) -> tuple[list, list, list]:
+        """Returns prompts, the spans of answers in them, and what `_flatten_conversation` returns for each."""
+        try:
+            form = content_form(chat_template)
+            flat = [self._flatten_conversation(messages, form) for messages in conversations]
+            if form != STRING and not self._writes_videos(flat, chat_template, options):
+                flat = [self._flatten_conversation(messages, form, text_only=True) for messages in conversations]
+            prompts, spans = _render_all(flat, chat_template, options)
+        except Exception as error:
+            if not _is_refusal(error):
+                raise
+            raise ValueError(f"the chat template refuses this conversation: {error}") from error
+        if spans:  # a template of parts may write a video in another way
+            spans = [
+                [tuple(len(self._one_token_per_video(prompt[:edge])) for edge in span) for span in row]
+                for prompt, row in zip(prompts, spans, strict=True)
+            ]
+        return [self._one_token_per_video(prompt) for prompt in prompts], spans, flat
+
+    def _writes_videos(self, flat: list, chat_template: str, options: dict) -> bool:
+        """Whether a template that reads parts writes a placeholder for each video."""
+        if not any(video_options for _, _, video_options in flat):
+            return True
+        try:
+            prompts, _ = _render_all(flat, chat_template, options)
+        except Exception as error:  # it may expect a text where the video is
+            if not _is_refusal(error):
+                raise
+            return False
+        written = [prompt.count(self.video_token) + prompt.count(VIDEO_ALIAS) for prompt in prompts]
+        return all(count >= len(parts) for count, (_, _, parts) in zip(written, flat, strict=True))
+
+    def plain_messages(self, conversation) -> list[dict]:
+        """
+        The messages of a conversation, in any form that `apply_chat_template` takes, as dicts.
+
+        Raises:
+            ValueError: a message without a role.
+        """
+        return plain_messages(conversation)
+
     def take_videos(self, messages) -> tuple[list[dict], list[VideoPart]]:
         """
         Separates a conversation from its videos.
 
         Args:
-            messages: list of messages, as for `apply_chat_template`.
+            messages: list of messages, as in `apply_chat_template`.
 
         Returns:
             The same messages with empty video parts, `{"type": "video"}`, and the videos in order;
@@ -453,9 +510,7 @@ class LongVLMProcessor(ProcessorMixin):
         """
         taken: list[VideoPart] = []
         bare: list[dict] = []
-        for message in getattr(messages, "messages", messages):
-            if not isinstance(message, Mapping) or "role" not in message:
-                raise ValueError(f'a message must be a dict with "role" and "content", not {message!r:.80}')
+        for message in plain_messages(messages):
             content = message.get("content")
             if isinstance(content, (list, tuple)):
                 parts: list[Any] = []
@@ -465,19 +520,31 @@ class LongVLMProcessor(ProcessorMixin):
                         taken.append(VideoPart(value, self._video_options(part)))
                         part = {"type": "video"}
                     parts.append(part)
-                message = {**message, "content": parts}
-            bare.append(dict(message))
+                message["content"] = parts
+            bare.append(message)
         return bare, taken
 
     def _video_options(self, part: Mapping) -> dict[str, Any]:
-        options = {name: value for name, value in part.items() if name not in _VIDEO_PART_KEYS and value is not None}
-        known = self.video_processor.valid_kwargs.__annotations__.keys() | {"video_metadata"}
-        unknown = [name for name in options if name not in known]
-        if unknown:
-            raise ValueError(
-                f'a video part has the key "{unknown[0]}", which is not an option of the video processor; options are '
-                "num_frames, fps, max_frames..."
-            )
+        """The options in a video part, by their own names."""
+        given = {name: value for name, value in part.items() if name not in _VIDEO_PART_KEYS}
+        if isinstance(part.get("video_url"), Mapping):
+            given |= {name: value for name, value in part["video_url"].items() if name != "url"}
+        known = self.video_processor.valid_kwargs.__annotations__.keys() - _NOT_OF_ONE_VIDEO
+        options: dict[str, Any] = {}
+        for alias in _ALIASES.keys() & given.keys():
+            if _ALIASES[alias] in given:
+                raise ValueError(
+                    f'a video part has both "{alias}" and "{_ALIASES[alias]}", which mean the same; give one'
+                )
+        for written, value in given.items():
+            name = _ALIASES.get(written, written)
+            if name not in known:
+                raise ValueError(
+                    f'a video part has the key "{written}", which is not an option of the video processor; options '
+                    "are num_frames, fps, max_frames, video_start, video_end, short_video..."
+                )
+            if value is not None:
+                options[name] = value
         return options
 
     def _find_template(self, name: str | None) -> str:
@@ -490,7 +557,8 @@ class LongVLMProcessor(ProcessorMixin):
 
     def _split_kwargs(self, kwargs: dict, chat_template: str) -> tuple[dict, dict]:
         """Splits into variables of the template and options of `__call__`."""
-        options = {"videos", "num_video_tokens", "video_features", "progress", "common_kwargs", *_EXTRA_OUTPUTS}
+        options = {"videos", "video_features", "progress", "common_kwargs", *_EXTRA_OUTPUTS}
+        options |= {"video_token_counts", "num_video_tokens"}
         options |= ProcessingKwargs.__annotations__.keys()
         for name in ("text_kwargs", "videos_kwargs"):
             options |= ProcessingKwargs.__annotations__[name].__annotations__.keys()
@@ -505,26 +573,35 @@ class LongVLMProcessor(ProcessorMixin):
             {key: value for key, value in kwargs.items() if key in options},
         )
 
-    def _flatten_conversation(self, messages) -> tuple[list[dict], list, list[dict]]:
-        """Returns messages as text with one `<vid_patch>` per video; the given videos; the options of each part."""
+    def _flatten_conversation(
+        self, messages: list[dict], form: str, text_only: bool = False
+    ) -> tuple[list[dict], list, list[dict]]:
+        """
+        Returns messages with content in the form that the template reads, the given videos, and the options of each
+        video part. Videos are written as `<vid_patch>` in strings, and with `text_only` also in parts.
+        """
         flat: list[dict] = []
         videos: list = []
         options: list[dict] = []
-        for message in getattr(messages, "messages", messages):
-            if not isinstance(message, Mapping) or "role" not in message:
-                raise ValueError(f'a message must be a dict with "role" and "content", not {message!r:.80}')
+        for message in messages:
             strings = self._special_strings(of_answer=message["role"] == "assistant")
-            content = self._flatten_content(message.get("content"), strings, videos, options)
-            flat.append({**{k: v for k, v in message.items() if v is not None}, "content": content})
+            content = message.get("content")
+            parts = self._join_parts(content, videos, options)
+            if form != PARTS and (form != AS_GIVEN or content is None or isinstance(content, str)):
+                flat.append({**message, "content": self._as_string(parts, strings)})
+            elif text_only and None in parts:
+                flat.append({**message, "content": [{"type": "text", "text": self._as_string(parts, strings)}]})
+            else:
+                flat.append({**message, "content": _as_parts(content, strings)})
         return flat, videos, options
 
-    def _flatten_content(self, content, special_strings: list[str], videos: list, options: list[dict]) -> str:
+    def _join_parts(self, content, videos: list, options: list[dict]) -> list[str | None]:
+        """Texts and videos (`None`). Neighbouring texts are joined: together they may spell a special token."""
         if content is None or isinstance(content, str):
-            return escape(content or "", special_strings)
+            return [content] if content else []
         if not isinstance(content, (list, tuple)):
             raise ValueError(f"content must be text or a list of parts, not {type(content).__name__}: {content!r:.80}")
-        # Neighbouring texts are joined before they are escaped: together they may spell a special token.
-        parts: list[str | None] = []  # None: a video
+        parts: list[str | None] = []
         for part in content:
             kind, value = _read_part(part)
             if kind == "video":
@@ -536,11 +613,35 @@ class LongVLMProcessor(ProcessorMixin):
                 parts[-1] += value
             elif value:
                 parts.append(value)
+        return parts
+
+    def _as_string(self, parts: list[str | None], special_strings: list[str]) -> str:
         return "\n".join(self.video_token if p is None else escape(p, special_strings) for p in parts)
 
 
 _VIDEO_PART_KEYS = {"type", "video", "path", "url", "video_url"}
+_ALIASES = {"nframes": "num_frames"}  # as chats for Qwen's models write it
+# Options of a call that a single video cannot have, or that do nothing here.
+_NOT_OF_ONE_VIDEO = {
+    "return_tensors",
+    "return_metadata",
+    "data_format",
+    "device",
+    "default_to_square",
+    "do_convert_rgb",
+    "do_pad",
+}
 _EXTRA_OUTPUTS = ("return_mm_token_type_ids", "return_text_replacement_offsets")
+
+
+def _render_all(flat: list, chat_template: str, options: dict) -> tuple[list, list]:
+    messages = [messages for messages, _, _ in flat]
+    return render_jinja_template(conversations=messages, chat_template=chat_template, **options)
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Whether a template raised it. By its module: this file must not need jinja2 to be loaded."""
+    return type(error).__module__.partition(".")[0] == "jinja2"
 
 
 def _prepare_tokenizer(tokenizer):
@@ -554,15 +655,24 @@ def _prepare_tokenizer(tokenizer):
 
 
 def _template_text(name: str) -> str:
-    """A built-in template by its name; a Jinja template is returned as it is."""
+    """A built-in template by its name; a template is returned as it is. One word without marks is a mistaken name."""
     if name in CHAT_TEMPLATES:
         return CHAT_TEMPLATES[name]
-    if "{" not in name:
+    if re.fullmatch(r"[\w.+-]+", name):
         raise ValueError(
             f'chat_template="{name}" is neither a Jinja template nor a built-in one; choose one of '
             f"{', '.join(CHAT_TEMPLATES)}"
         )
     return name
+
+
+def _plain_options(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of the tokenizer and the video processor with plain numbers, which their type checks need."""
+    plain = plain_video_options(kwargs)
+    for name, least in (("max_length", 1), ("stride", 0), ("pad_to_multiple_of", 1)):
+        if plain.get(name) is not None:
+            plain[name] = whole_number(name, plain[name], least)
+    return plain
 
 
 def _as_texts(text) -> list[str]:
@@ -577,14 +687,11 @@ def _as_texts(text) -> list[str]:
     return list(texts)
 
 
-def _as_counts(num_video_tokens) -> list[int]:
-    if num_video_tokens is None:
+def _as_counts(given) -> list[int]:
+    if given is None:
         return []
-    counts = [int(num_video_tokens)] if isinstance(num_video_tokens, Integral) else [int(n) for n in num_video_tokens]
-    for count in counts:
-        if count < 1:
-            raise ValueError(f"num_video_tokens={counts}: a video has at least 1 token")
-    return counts
+    counts = [given] if isinstance(given, Number) else given
+    return [whole_number("video_token_counts", count, 1) for count in counts]
 
 
 def _is_empty(row) -> bool:
@@ -613,9 +720,25 @@ def _as_conversations(conversation) -> tuple[list, bool]:
         return [conversation], False
     if not isinstance(conversation, (list, tuple)) or not conversation:
         raise ValueError(f"a conversation must be a list of messages, not {conversation!r:.80}")
-    if isinstance(conversation[0], (list, tuple)) or hasattr(conversation[0], "messages"):
+    if not is_message(conversation[0]) and (
+        isinstance(conversation[0], (list, tuple)) or hasattr(conversation[0], "messages")
+    ):
         return list(conversation), True
     return [conversation], False
+
+
+def _as_parts(content, special_strings: list[str]) -> list[dict]:
+    """Content for a template that reads parts. Other text may follow each part, as the template likes."""
+    if content is None:
+        return []
+    read = [("text", content)] if isinstance(content, str) else [_read_part(part) for part in content]
+    last = max((i for i, (kind, _) in enumerate(read) if kind == "text"), default=0)
+    return [
+        {"type": "video"}
+        if kind == "video"
+        else {"type": "text", "text": escape(value, special_strings, continues=i < last)}
+        for i, (kind, value) in enumerate(read)
+    ]
 
 
 def _read_part(part) -> tuple[str, Any]:

@@ -7,6 +7,7 @@ offsets, padding, truncation) stays the tokenizer's own, and decoding gives the 
 """
 
 import copy
+import itertools
 import re
 from collections.abc import Iterable
 
@@ -16,14 +17,27 @@ from tokenizers import pre_tokenizers
 ESCAPE_MARK = "\U0010fffd"
 
 
-def escape(text: str, special_strings: Iterable[str]) -> str:
-    """Marks every occurrence of `special_strings` in `text`, overlapping ones included. Earlier marks are dropped."""
+def escape(text: str, special_strings: Iterable[str], *, continues: bool = False) -> str:
+    """
+    Marks every occurrence of `special_strings` in `text`, overlapping ones included. Earlier marks are dropped.
+
+    continues: other text may be put behind this one, with or without white space: what could become a special string
+        then is marked as well.
+    """
     text = text.replace(ESCAPE_MARK, "")
     # A string of one character has no inside to mark.
-    strings = "|".join(re.escape(string) for string in special_strings if len(string) > 1)
+    known = [string for string in special_strings if len(string) > 1]
+    strings = "|".join(map(re.escape, known))
     if not strings:
         return text
-    return re.sub(f"(?=(?:{strings}))(.)", rf"\1{ESCAPE_MARK}", text, flags=re.DOTALL)
+    starts = {match.start() for match in re.finditer(f"(?={strings})", text)}
+    if continues:
+        written = text.rstrip()
+        first = max(len(written) - max(map(len, known)) + 1, 0)
+        beginnings = ((start, written[start:]) for start in range(first, len(written)))
+        starts |= {start for start, tail in beginnings if any(string.startswith(tail) for string in known)}
+    cuts = [0, *(start + 1 for start in sorted(starts)), len(text)]
+    return ESCAPE_MARK.join(text[start:end] for start, end in itertools.pairwise(cuts))
 
 
 def unescape(text: str) -> str:

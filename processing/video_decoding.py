@@ -1,16 +1,17 @@
 """From a video to the requested frames, exactly and without decoding the rest.
 
-1. `video_index` gives the presentation time of every frame. Frame i is the i-th of them.
+1. `video_index` gives the order and the time of all frames. Frame i is the i-th that is shown.
 2. The caller's rule chooses frames from the metadata.
-3. A reader goes forward through the sorted targets. It seeks only where the target's keyframe lies past the last
-   decoded frame, and checks where it landed: some containers land late, where the picture would be wrong.
-4. Each frame is rotated upright, converted to RGB and passed straight to `transform` (resize), so that each reader
-   holds one frame at full size. Two readers share the targets.
+3. A reader (`video_reader`) goes forward through the sorted targets. It seeks only where the target's keyframe lies
+   past the last decoded frame, and checks that the frames behind it are those of the index.
+4. Each frame is converted to RGB, shown as a player would (`frame_display`) and passed straight to `transform`
+   (resize), so that each reader holds one frame at full size. Two readers share the targets.
 
 `decode_video` returns all frames together, `iter_video` yields them in pieces, so that any number of frames fits.
 """
 
 import copy
+import dataclasses
 import os
 import threading
 import warnings
@@ -25,9 +26,19 @@ from transformers.utils import is_torchcodec_available, logging
 from transformers.video_utils import VideoMetadata
 
 from .animated_pictures import AnimatedPicture, open_animation
+from .frame_display import display_size, pixel_aspect
+from .pictures import list_frame_files, picture_size, read_picture
 from .video_index import FrameIndex, index_frames, open_container
+from .video_reader import (
+    IndexIsWrong,
+    PyAVReader,
+    TorchcodecFailed,
+    TorchcodecReader,
+    index_by_decoding,
+    torchcodec_shows_it_right,
+)
 from .video_sources import VideoDecodeError as VideoDecodeError  # part of this module's interface
-from .video_sources import VideoDecodeWarning, VideoSource, list_frame_files, open_source, read_picture
+from .video_sources import VideoDecodeWarning, VideoSource, open_source
 
 try:
     import av
@@ -38,7 +49,6 @@ logger = logging.get_logger(__name__)
 
 BACKEND_VARIABLE = "LONGVLM_VIDEO_BACKEND"
 MAX_WORKERS = 2  # a third reader gains less than 10 %, and each holds one frame at full size
-REOPEN = object()
 
 
 class DecodedVideo(NamedTuple):
@@ -53,10 +63,12 @@ class FrameMetadata(VideoMetadata):
 
     `frames_indices` and `fps` always refer to the SOURCE. `timestamps` are the seconds at which the chosen frames are
     shown, which also holds for a variable frame rate; the base class computes index / fps. `source_timestamps` are
-    those of all frames, or `None` if they are unknown (frames given as a list, without a frame rate).
+    those of all frames, or `None` if they are unknown (frames given as a list, without a frame rate). `start_time` is
+    that of the source's first frame if the frames described here are only some of them.
     """
 
     source_timestamps: Any = None
+    start_time: float | None = None
 
     @property
     def timestamps(self) -> list[float] | None:
@@ -79,7 +91,16 @@ def is_torchcodec_usable() -> bool:
     return getattr(torchcodec, "ffmpeg_major_version", True) is not None
 
 
-def decode_video(video, sample_indices_fn=None, *, transform=None, backend=None, num_workers=None, progress=None):
+def decode_video(
+    video,
+    sample_indices_fn=None,
+    *,
+    transform=None,
+    backend=None,
+    num_workers=None,
+    progress=None,
+    video_stream=None,
+):
     """Decodes the frames that a rule chooses.
 
     Args:
@@ -93,7 +114,10 @@ def decode_video(video, sample_indices_fn=None, *, transform=None, backend=None,
             LONGVLM_VIDEO_BACKEND, or `"auto"`. Frame numbers and times come from PyAV's index for both; if torchcodec
             fails or returns another frame than the index says (MPEG-TS), PyAV decodes.
         num_workers: number of readers that work at the same time; default 2.
-        progress: called as `progress("decode", done, total)` after each frame, by one thread at a time.
+        progress: called as `progress("decode", done, total)` after each frame, by one thread at a time; for a URL or a
+            pipe, before that, as `progress("download", done, total)`, in bytes (see `open_source`).
+        video_stream: number of the video stream in its file. Default: the one that the file marks as default, or else
+            the first; cover pictures and thumbnails are not video.
     Returns:
         `DecodedVideo(frames, metadata)`. If a part of the video cannot be read, the readable frames are returned, a
         `VideoDecodeWarning` says how many are missing, and `metadata.frames_indices` names the frames that are there;
@@ -108,6 +132,7 @@ def decode_video(video, sample_indices_fn=None, *, transform=None, backend=None,
         backend=backend,
         num_workers=num_workers,
         progress=progress,
+        video_stream=video_stream,
     )
     (decoded,) = pieces
     return decoded
@@ -122,6 +147,7 @@ def iter_video(
     backend=None,
     num_workers=None,
     progress=None,
+    video_stream=None,
 ) -> Iterator[DecodedVideo]:
     """`decode_video` piece by piece: at most `frames_per_piece` frames at a time, in the requested order.
 
@@ -132,8 +158,8 @@ def iter_video(
     if backend not in ("auto", "pyav", "torchcodec"):
         raise ValueError(f'video backend "{backend}" is not known; choose "auto", "pyav" or "torchcodec"')
     num_workers = num_workers or min(MAX_WORKERS, os.cpu_count() or 1)
-    job = _Job(sample_indices_fn, transform, backend, num_workers, progress, frames_per_piece)
-    with open_source(video) as source, open_animation(source) as animation:
+    job = _Job(sample_indices_fn, transform, backend, num_workers, progress, frames_per_piece, video_stream)
+    with open_source(video, progress=progress) as source, open_animation(source) as animation:
         if animation is not None:
             yield from _read_animation(animation, job)
         elif source.is_directory or source.is_picture:
@@ -143,11 +169,11 @@ def iter_video(
             yield from _decode_file(source, job)
 
 
-def probe_video(video) -> FrameMetadata:
+def probe_video(video, *, video_stream=None) -> FrameMetadata:
     """What is known about a video without decoding its frames.
 
     Args:
-        video: as in `decode_video`.
+        video, video_stream: as in `decode_video`.
     Returns:
         `FrameMetadata` without `frames_indices`: number of frames, frame rate, size and duration, and the time of each
         frame in `source_timestamps`. `LongVLMVideoProcessor.sample_frames` takes it.
@@ -160,7 +186,7 @@ def probe_video(video) -> FrameMetadata:
         if source.is_directory or source.is_picture:
             return _describe_pictures(source, _picture_files(source))
         _check_pyav()
-        return _open_index(source, allow_header=True)[1]
+        return _open_index(source, video_stream, allow_header=True)[1]
 
 
 def _check_pyav() -> None:
@@ -178,6 +204,7 @@ class _Job:
     num_workers: int
     progress: Any
     frames_per_piece: int | None
+    video_stream: int | None
     done: int = 0
     total: int = 0
 
@@ -212,7 +239,7 @@ def _picture_files(source: VideoSource) -> list[str]:
 
 
 def _describe_pictures(source: VideoSource, files: list[str]) -> FrameMetadata:
-    height, width = read_picture(files[0], None if source.is_directory else source.name).shape[:2]
+    height, width = picture_size(files[0], None if source.is_directory else source.name)
     return FrameMetadata(total_num_frames=len(files), width=width, height=height, video_backend="pillow")
 
 
@@ -229,9 +256,12 @@ def _read_pictures(source: VideoSource, job: _Job) -> Iterator[DecodedVideo]:
 
 
 def _describe_animation(animation: AnimatedPicture) -> FrameMetadata:
-    times = animation.timestamps()
-    height, width = animation.rgb_at(0).shape[:2]
-    total, duration = animation.num_frames, float(times[-1])
+    times, shortfall = animation.timestamps()
+    if shortfall:
+        message = f"{animation.source.name}: the animation is cut or damaged: {shortfall}"
+        warnings.warn(message, VideoDecodeWarning, stacklevel=2)
+    height, width = animation.size
+    total, duration = len(times) - 1, float(times[-1])
     metadata = FrameMetadata(
         total_num_frames=total,
         fps=total / duration,
@@ -265,51 +295,78 @@ def _piece(frames: dict[int, Any], asked: list[int], metadata: FrameMetadata) ->
 
 
 def _decode_file(source: VideoSource, job: _Job) -> Iterator[DecodedVideo]:
-    index, metadata = _open_index(source, allow_header=True)
+    index, metadata = _open_index(source, job.video_stream, allow_header=True)
     chosen = job.choose(metadata)
-    pieces = job.pieces(chosen)
-    frames = _read_frames(source, index, pieces[0], metadata, job) if len(pieces) == 1 else {}
-    if len(frames) < len(set(chosen)) and index.from_header:
-        # The header is wrong, or pieces cannot be taken back once they were yielded: count packets, and choose again
-        # among the frames that exist.
-        index, metadata = _open_index(source, allow_header=False)
-        chosen = job.choose(metadata)
-        pieces, frames = job.pieces(chosen), {}
-    asked = read = 0
-    for piece in pieces:
-        frames = frames or _read_frames(source, index, piece, metadata, job)
+    pieces, position, asked, read = job.pieces(chosen), 0, 0, 0
+    while position < len(pieces):
+        done = job.done
+        try:
+            if index.from_header and len(pieces) > 1:
+                raise IndexIsWrong  # it may be, and pieces cannot be taken back once they were yielded
+            if index.is_counted and not index.is_decoded and index.packets.keys and len(pieces) > 2:
+                raise IndexIsWrong  # each piece would count from the start: decoding all once, then seeking, is faster
+            frames = _read_frames(source, index, pieces[position], metadata, job)
+            if index.from_header and len(frames) < len(set(chosen)):
+                raise IndexIsWrong
+        except IndexIsWrong:
+            better, metadata = _better_index(source, index)
+            job.done = done
+            if position == 0:  # choose again, among the frames that exist
+                index = better
+                chosen = job.choose(metadata)
+                pieces = job.pieces(chosen)
+            else:  # keep the frames' numbers; where they do not exist, they are lost
+                same = better.num_frames == index.num_frames
+                index = better if same else dataclasses.replace(index, is_decoded=True)
+            continue
+        piece = pieces[position]
         asked, read = asked + len(set(piece)), read + len(frames)
         if frames or not piece:
             yield _piece(frames, piece, metadata)
-        frames = {}
+        position += 1
     if chosen and not read:
         raise VideoDecodeError(f"{source.name}: none of the {len(set(chosen))} requested frames can be decoded")
     _warn_of_losses(source, index, asked, read)
 
 
-def _open_index(source: VideoSource, allow_header: bool) -> tuple[FrameIndex, FrameMetadata]:
-    container, stream = open_container(source)
+def _open_index(source: VideoSource, video_stream: int | None, allow_header: bool) -> tuple[FrameIndex, FrameMetadata]:
+    container, stream = open_container(source, video_stream)
     with container:
         index = index_frames(source, container, stream, allow_header=allow_header)
-        return index, _describe(index, container, stream)
+        return index, _describe(index, stream)
 
 
-def _describe(index: FrameIndex, container, stream) -> FrameMetadata:
-    average = float(stream.average_rate) if stream.average_rate else None
-    fps = average
-    if index.pts and len(index.pts) > 1:
-        measured = (len(index.pts) - 1) / ((index.pts[-1] - index.pts[0]) * float(index.time_base))
+def _better_index(source: VideoSource, index: FrameIndex) -> tuple[FrameIndex, FrameMetadata]:
+    if index.from_header:
+        return _open_index(source, index.stream, allow_header=False)
+    logger.info(f"{source.name}: packets do not tell which frames there are; the whole video is decoded once")
+    index = index_by_decoding(source, index)
+    if not index.num_frames:
+        raise VideoDecodeError(f"{source.name}: none of its frames can be decoded")
+    container, stream = open_container(source, index.stream)
+    with container:
+        return index, _describe(index, stream)
+
+
+def _describe(index: FrameIndex, stream) -> FrameMetadata:
+    fps, seconds = float(stream.average_rate) if stream.average_rate else None, index.seconds
+    if seconds is not None and len(seconds) > 1:
+        measured = (len(seconds) - 1) / (seconds[-1] - seconds[0])
         # If the header's rate is right, it is more precise than a mean of times.
-        fps = average if average and abs(measured / average - 1) < 0.02 else measured
+        fps = fps if fps and abs(measured / fps - 1) < 0.02 else measured
+    if seconds is None and fps:
+        seconds = np.arange(index.num_frames) / fps
+    size = stream.codec_context.width, stream.codec_context.height
+    width, height = display_size(*size, pixel_aspect(stream.sample_aspect_ratio))
     metadata = FrameMetadata(
         total_num_frames=index.num_frames,
-        fps=fps,
-        width=stream.codec_context.width,
-        height=stream.codec_context.height,
+        fps=float(fps) if fps else None,
+        width=width,
+        height=height,
         duration=None,
         video_backend="pyav",
     )
-    metadata.source_timestamps = seconds = index.seconds(fps)
+    metadata.source_timestamps = seconds
     if seconds is not None and fps:
         metadata.duration = float(seconds[-1] - seconds[0] + 1 / fps)
     return metadata
@@ -327,18 +384,18 @@ def _warn_of_losses(source: VideoSource, index: FrameIndex, asked: int, read: in
 def _read_frames(source: VideoSource, index: FrameIndex, chosen, metadata: FrameMetadata, job: _Job) -> dict[int, Any]:
     """Returns {source index: transformed frame}, without the frames that cannot be decoded."""
     whole = bool(index.pts) and not index.shortfall  # torchcodec passes half frames on
-    if job.backend != "pyav" and whole and is_torchcodec_usable():
+    if job.backend != "pyav" and whole and is_torchcodec_usable() and torchcodec_shows_it_right(source, index):
         done = job.done
         try:
-            frames = _read_with(_TorchcodecReader, source, index, chosen, metadata, job)
+            frames = _read_with(TorchcodecReader, source, index, chosen, metadata, job)
             metadata.video_backend = "torchcodec"
             return frames
-        except _TorchcodecFailed as error:
+        except TorchcodecFailed as error:
             job.done = done  # frames that it did decode are decoded again
             logger.info(f"{source.name}: torchcodec failed ({error}); PyAV decodes this video")
     elif job.backend == "torchcodec" and not is_torchcodec_usable():
         logger.warning_once("torchcodec cannot be used here (not installed, or no FFmpeg found); PyAV decodes instead")
-    return _read_with(_PyAVReader, source, index, chosen, metadata, job)
+    return _read_with(PyAVReader, source, index, chosen, metadata, job)
 
 
 def _read_with(reader_class, source: VideoSource, index: FrameIndex, chosen, metadata, job: _Job) -> dict[int, Any]:
@@ -372,7 +429,7 @@ def _read_with(reader_class, source: VideoSource, index: FrameIndex, chosen, met
 
 def _split_at_keyframes(targets: list[int], index: FrameIndex, parts: int) -> list[list[int]]:
     """Parts of about equal size; no two need the same stretch of video, which would then be decoded twice."""
-    if parts < 2 or not index.pts or len(targets) < 2:
+    if parts < 2 or len(index.keyframes) < 2 or len(targets) < 2:
         return [targets] if targets else []
     cuts = [0]
     for part in range(1, parts):
@@ -382,135 +439,3 @@ def _split_at_keyframes(targets: list[int], index: FrameIndex, parts: int) -> li
         if cut < len(targets):
             cuts.append(cut)
     return [targets[a:b] for a, b in zip(cuts, [*cuts[1:], len(targets)], strict=True)]
-
-
-class _PyAVReader:
-    """An open container whose frames are read forwards."""
-
-    def __init__(self, source: VideoSource, index: FrameIndex):
-        self.source, self.index = source, index
-        self.container: Any = None
-        self._open()
-        self.frame: Any = None  # the last decoded one
-        self.position = -1  # its number, where frames are counted
-        self.last_pts: float = float("-inf")
-        self.can_seek = len(index.key_pts) > 1
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        self.container.close()
-        # The generator of frames refers to this reader. Left as a cycle, the two would wait for the garbage collector,
-        # and a forked process (a DataLoader worker) that collects them hangs in FFmpeg.
-        self.frames = self.frame = self.stream = self.container = None
-
-    def rgb_at(self, position: int) -> np.ndarray | None:
-        """The frame as RGB uint8 `(H, W, 3)`, upright; `None` if it cannot be decoded. Positions must ascend."""
-        frame = self._count_to(position) if not self.index.pts else self._go_to(position)
-        if frame is None or frame.is_corrupt:  # FFmpeg fills a damaged frame with the one before
-            return None
-        # RGB at full size first, then the transform: scaling in YUV would blur colours.
-        rgb = frame.to_ndarray(format="rgb24")
-        turns = getattr(frame, "rotation", 0) // 90 % 4
-        return np.ascontiguousarray(np.rot90(rgb, turns)) if turns else rgb
-
-    def _open(self) -> None:
-        self.container, self.stream = open_container(self.source)
-        self.frames = self._decode()
-
-    def _decode(self):
-        """All frames from here on; only a packet that cannot be decoded is skipped, not the rest of the video."""
-        packets = self.container.demux(self.stream)
-        while True:
-            try:
-                packet = next(packets, None)
-            except av.FFmpegError:
-                return
-            if packet is None:
-                return
-            try:
-                frames = packet.decode()
-            except av.FFmpegError:
-                continue
-            yield from frames
-
-    def _next(self):
-        self.frame = next(self.frames, None)
-        if self.frame is not None and self.frame.pts is not None:
-            self.last_pts = self.frame.pts
-        return self.frame
-
-    def _count_to(self, position: int):
-        while self.position < position and self._next() is not None:
-            self.position += 1
-        return self.frame
-
-    def _go_to(self, position: int):
-        target, key = self.index.pts[position], self.index.keyframe_before(position)
-        if self.can_seek and key > 0 and self.index.key_pts[key] > self.last_pts:
-            self._seek(key, target)
-        elif self.last_pts == float("-inf"):
-            self._next()
-        while self.frame is not None and (self.frame.pts is None or self.frame.pts < target):
-            self._next()
-        return self.frame if self.frame is not None and self.frame.pts == target else None
-
-    def _seek(self, key: int, target: int) -> None:
-        """Moves to a decoded frame at or before `target`."""
-        before = self.last_pts
-        seeks = (*self.index.key_seeks[key], *self.index.key_seeks[key - 1], REOPEN)
-        for time in seeks:
-            if time is None:
-                continue
-            if time is REOPEN:
-                self.container.close()
-                self._open()
-            else:
-                try:
-                    self.container.seek(time, stream=self.stream)
-                except av.FFmpegError:
-                    continue
-                self.frames = self._decode()
-            frame = self._next()
-            if frame is not None and frame.pts is not None and frame.pts <= target:
-                break  # otherwise it landed late: the picture may be wrong, or past the target
-        if self.frame is not None and before > self.last_pts <= self.index.pts[0]:
-            self.can_seek = (
-                False  # back at the start of a container that cannot seek (GIF): only read forwards from now on
-            )
-
-
-class _TorchcodecFailed(Exception):
-    """torchcodec raised, or returned another frame than the index names."""
-
-
-class _TorchcodecReader:
-    """torchcodec's decoder, checked against the index."""
-
-    def __init__(self, source: VideoSource, index: FrameIndex):
-        self.index = index
-        try:
-            from torchcodec.decoders import VideoDecoder
-
-            # "approximate" would return other frames if the frame rate varies
-            options = {"dimension_order": "NHWC", "num_ffmpeg_threads": 1, "seek_mode": "exact"}
-            self.decoder = VideoDecoder(source.open(), stream_index=index.stream, **options)
-        except Exception as error:
-            raise _TorchcodecFailed(error) from None
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        pass
-
-    def rgb_at(self, position: int) -> np.ndarray:
-        try:
-            frame = self.decoder.get_frame_at(position)
-        except Exception as error:
-            raise _TorchcodecFailed(str(error).split("\n")[0]) from None
-        expected = float(self.index.pts[position] * self.index.time_base)
-        if abs(frame.pts_seconds - expected) > 1e-4:
-            raise _TorchcodecFailed(f"frame {position} has time {frame.pts_seconds}, the index says {expected}")
-        return frame.data.numpy()

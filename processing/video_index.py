@@ -1,18 +1,28 @@
 """When each frame of a video is shown, and where decoding can start: without decoding anything.
 
-The times come from the container's own index if that is known to be exact (MP4, MOV: read on opening), otherwise from
-the packets, all of which are then read once. Frame i of a video is the i-th presentation time in sorted order; frame
-counts in headers are not trusted.
+A packet of a file usually holds one frame. But it may be hidden (edit lists cut videos without encoding them again),
+be half a frame (a field), or carry no time, a wrong one, or that of another recording. So packets are told apart by
+where they lie in the file; times only sort them.
+
+The index comes from the container's own table where that is known to be exact (MP4, MOV: read on opening), otherwise
+from the packets, all of which are then read once. Both are claims: the reader checks that frames come in this order.
+Where they do not, `index_from_decoding` takes the order in which FFmpeg decodes the whole video.
 """
 
 import bisect
 import itertools
-from dataclasses import dataclass, field
+import operator
+from array import array
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
+from functools import cached_property
 
 import numpy as np
 
+from .container_formats import check_decodable, open_alone
+from .field_pictures import PictureStarts
 from .video_sources import VideoDecodeError, VideoSource
+from .video_times import interpolate_missing, seconds_in_order
 
 try:
     import av
@@ -21,71 +31,173 @@ except ImportError:
 
 
 LEADING_FRAMES = 16  # maximum number of B-frames shown before, but stored after, their keyframe (x264)
-ATTACHED_PICTURE = 1 << 10  # FFmpeg's AV_DISPOSITION_ATTACHED_PIC
+STORES_BOTH_CLOCKS = {"mov", "mpegts", "mpeg", "flv", "nut", "mxf"}  # when to decode and when to show
+SMALL_PACKET = 64  # bytes: it may hold no picture
+PARAMETER_SETS = 512  # bytes at the start of a keyframe among which they are, if anywhere
+ARBITRARY_CLOCK = {"mpegts", "mpeg"}  # second 0 is somewhere before the recording
+
+# FFmpeg's AV_DISPOSITION_...
+DEFAULT, ATTACHED_PICTURE, TIMED_THUMBNAILS = 1 << 0, 1 << 10, 1 << 11
+_NO_VIDEO = ATTACHED_PICTURE | TIMED_THUMBNAILS
+PICTURE_CODECS = {"mjpeg", "png", "bmp", "gif", "webp", "tiff"}
+
+
+@dataclass
+class Packets:
+    """
+    The packets of a video stream in storage order.
+
+    Attributes:
+        pos, size: where each lies in the file, in bytes; `pos` is -1 where that is unknown.
+        pts, dts: when to show and when to decode it, in the container's units; `None` where missing.
+        is_key, is_shown: flags; it is a keyframe; it begins a frame that is shown.
+    """
+
+    pos: array = field(default_factory=lambda: array("q"))
+    size: array = field(default_factory=lambda: array("q"))
+    pts: list[int | None] = field(default_factory=list)
+    dts: list[int | None] = field(default_factory=list)
+    is_key: bytearray = field(default_factory=bytearray)
+    is_shown: bytearray = field(default_factory=bytearray)
+
+    def __len__(self) -> int:
+        return len(self.size)
+
+    @cached_property
+    def keys(self) -> dict[tuple, int]:
+        """(position in the file, size) -> number of the keyframe there, if there is only one."""
+        numbers: dict[tuple, int] = {}
+        for number in itertools.compress(range(len(self)), self.is_key):
+            place = (self.pos[number], self.size[number])
+            numbers[place] = -1 if place in numbers or place[0] < 0 else number
+        return {place: number for place, number in numbers.items() if number >= 0}
+
+
+@dataclass(frozen=True)
+class Keyframe:
+    """Where decoding can start.
+
+    Attributes:
+        position: first frame, in presentation order, that is right if decoding starts here.
+        number: of its packet in storage order.
+        seeks: times to seek to, the best one first.
+    """
+
+    position: int
+    number: int
+    seeks: tuple = ()
 
 
 @dataclass(frozen=True)
 class FrameIndex:
-    """When each frame is shown, and where decoding can start.
+    """The frames of a video.
 
     Attributes:
-        pts: times of all frames in units of `time_base`, ascending; empty if packets carry no usable times, in which
-            case frames are counted from the start.
         num_frames: number of frames.
-        key_pts: for each keyframe, ascending, the first time from which decoding that starts there is correct.
-        key_seeks: for each keyframe, the times to seek to, the best one first.
-        time_base: seconds per unit.
         stream: number of the video stream in its container.
-        origin: time that counts as second 0.
-        from_header: taken from the container's own index, not from packets.
+        packets: what is stored.
+        order: for each frame, in presentation order, the number of the packet that it comes from. `None`: unknown,
+            since packets carry no usable times; frames are counted as they are decoded.
+        keyframes: ascending.
+        seconds: when each frame is shown; `None` if unknown.
+        pts: the same in the container's units where they ascend, for other decoders and for an index from a header;
+            else empty.
+        time_base: seconds per unit.
+        from_header: taken from the container's own table, not from packets; `order` is that of `pts`.
+        is_decoded: `order` is that in which FFmpeg decodes the frames, or all that can be had.
         shortfall: in words, what the header promises but the file does not contain; empty if nothing is missing.
     """
 
     num_frames: int
-    time_base: Fraction
     stream: int
+    packets: Packets
+    order: np.ndarray | None = None
+    keyframes: list[Keyframe] = field(default_factory=list)
+    seconds: np.ndarray | None = None
     pts: list[int] = field(default_factory=list)
-    key_pts: list[int] = field(default_factory=list)
-    key_seeks: list[tuple] = field(default_factory=list)
-    origin: int = 0
+    time_base: Fraction = Fraction(1)
     from_header: bool = False
+    is_decoded: bool = False
     shortfall: str = ""
 
-    def seconds(self, fps: float | None) -> np.ndarray | None:
-        if not self.pts:
-            return np.arange(self.num_frames) / fps if fps else None
-        return (np.array(self.pts, dtype=np.int64) - self.origin) * float(self.time_base)
+    @property
+    def is_counted(self) -> bool:
+        """Whether the place of a frame is only known by counting from the start."""
+        return self.order is None and not self.from_header
+
+    @cached_property
+    def _places(self) -> np.ndarray:
+        places = np.full(len(self.packets), -1, dtype=np.int64)
+        places[self.order[::-1]] = np.arange(self.num_frames)[::-1]  # of two frames in a packet, the first
+        return places
+
+    def place(self, number: int, pts: int | None) -> int:
+        """Position of the frame whose packet has this number and time; -1 if it is not shown."""
+        if not self.from_header:
+            return int(self._places[number])
+        position = bisect.bisect_left(self.pts, pts) if pts is not None else len(self.pts)
+        return position if position < len(self.pts) and self.pts[position] == pts else -1
 
     def keyframe_before(self, position: int) -> int:
-        """Number of the last keyframe from which the frame at `position` can be decoded."""
-        return max(bisect.bisect_right(self.key_pts, self.pts[position]) - 1, 0)
+        """Index in `keyframes` of the last one from which the frame at `position` can be decoded."""
+        return max(bisect.bisect_right(self._key_positions, position) - 1, 0)
+
+    @cached_property
+    def _key_positions(self) -> list[int]:
+        return [key.position for key in self.keyframes]
 
 
-def open_container(source: VideoSource):
-    """Returns the container and its first real video stream. A cover picture in an audio file is not video."""
+def open_container(source: VideoSource, video_stream: int | None = None):
+    """
+    Args:
+        video_stream: number of the video stream in the container. Default: the one that the file marks as default, or
+            else the first. Cover pictures and thumbnails are not video.
+    Returns:
+        The container and the stream.
+    """
+    container = open_alone(source)
     try:
-        container = av.open(source.open())
-    except (av.FFmpegError, OSError, ValueError):
-        # FFmpeg's message contains the path and an error number; the reason is nearly always this one.
-        raise VideoDecodeError(f"{source.name}: not a video file, or cut or damaged beyond reading") from None
-    if container.format.name == "tty":  # FFmpeg would show the text, as on a terminal
+        stream = _choose_stream(source, container, video_stream)
+        check_decodable(source, stream)
+    except BaseException:
         container.close()
-        raise VideoDecodeError(f"{source.name}: not a video file but text")
-    for stream in container.streams.video:
-        disposition = getattr(stream, "disposition", 0)  # a number or a flag, by PyAV's version
-        if not getattr(disposition, "value", disposition) & ATTACHED_PICTURE:
-            stream.thread_type = "NONE"  # frame threads would be refilled after each seek
-            return container, stream
+        raise
+    stream.thread_type = "NONE"  # frame threads would be refilled after each seek
+    return container, stream
+
+
+def _choose_stream(source: VideoSource, container, wanted: int | None):
+    # Without a decoder there is no codec context.
+    known = [stream for stream in container.streams.video if stream.codec_context is not None]
+    streams = [stream for stream in known if not _disposition(stream) & _NO_VIDEO]
+    if wanted is not None:
+        for stream in known:
+            if stream.index == wanted:
+                return stream
+        there = ", ".join(str(stream.index) for stream in streams) or "none"
+        raise VideoDecodeError(f"{source.name}: `video_stream`={wanted} is no video stream; the file has: {there}")
+    if streams:
+        # A stream of pictures next to a film is a preview; among the rest, `max` takes the first of several.
+        return max(streams, key=lambda s: (s.codec_context.name not in PICTURE_CODECS, _disposition(s) & DEFAULT))
     kinds = sorted({stream.type for stream in container.streams})
-    container.close()
+    if len(known) < len(container.streams.video):
+        raise VideoDecodeError(f"{source.name}: FFmpeg has no decoder for its video stream, or cannot tell its codec")
     if not kinds:
         raise VideoDecodeError(f"{source.name}: the file has no video stream: it is empty, cut or damaged")
     raise VideoDecodeError(f"{source.name}: the file has no video stream (found: {', '.join(kinds)})")
 
 
+def _disposition(stream) -> int:
+    disposition = getattr(stream, "disposition", 0)  # a number or a flag, by PyAV's version
+    return getattr(disposition, "value", disposition)
+
+
 def index_frames(source: VideoSource, container, stream, allow_header: bool) -> FrameIndex:
     index = _index_from_header(source, container, stream) if allow_header else None
     return index or _index_from_packets(source, container, stream)
+
+
+# --- from the container's table ---
 
 
 def _index_from_header(source: VideoSource, container, stream) -> FrameIndex | None:
@@ -95,87 +207,261 @@ def _index_from_header(source: VideoSource, container, stream) -> FrameIndex | N
     presentation times are the same grid, shifted to where the first frame is shown. In any other case: `None`.
     """
     entries = getattr(stream, "index_entries", ())  # PyAV 18
-    if "mov" not in container.format.name.split(",") or len(entries) < 2 or len(entries) != stream.frames:
+    if "mov" not in _formats(container) or len(entries) < 2 or len(entries) != stream.frames:
         return None  # fragmented files promise 0 frames and may show only a part of their index
-    dts, keys, end = [], [], 0
-    for position, entry in enumerate(entries):
+    starts = _picture_starts(stream)
+    if starts is not None and (starts.possible or stream.codec_context.codec_tag == "avc3"):
+        return None  # two packets may hold one frame; "avc3": only the packets tell
+    packets, dts = Packets(), []
+    for entry in entries:
         if entry.is_discard:
             return None  # an edit list
+        packets.pos.append(entry.pos)
+        packets.size.append(entry.size)
+        packets.is_key.append(entry.is_keyframe)
         dts.append(entry.timestamp)
-        end = max(end, entry.pos + entry.size)
-        if entry.is_keyframe:
-            keys.append(position)
+    end = max(map(operator.add, packets.pos, packets.size))
+    keys = [number for number, is_key in enumerate(packets.is_key) if is_key]
     steps = {b - a for a, b in itertools.pairwise(dts)}
     start = stream.start_time
     if end > source.size or not keys or keys[0] != 0 or min(steps) <= 0 or start is None:
         return None  # cut, or unusual
     reordered = bool(stream.codec_context.has_b_frames)
-    if (reordered and len(steps) > 1) or (not reordered and start != dts[0]):
+    # Equal clocks where B-frames are announced: there are none, or these are no presentation times.
+    if (reordered and (len(steps) > 1 or start == dts[0])) or (not reordered and start != dts[0]):
         return None
     pts = [time - dts[0] + start for time in dts]
     margin = LEADING_FRAMES if reordered else 0
     return FrameIndex(
-        pts=pts,
         num_frames=len(pts),
-        key_pts=[pts[0], *(pts[min(k + margin, len(pts) - 1)] for k in keys[1:])],
-        key_seeks=[(pts[k], dts[k]) for k in keys],
-        time_base=stream.time_base,
         stream=stream.index,
+        packets=packets,
+        keyframes=[Keyframe(min(k + margin, len(pts) - 1) if k else 0, k, (pts[k], dts[k])) for k in keys],
+        seconds=np.array(pts, dtype=np.int64) * float(stream.time_base),
+        pts=pts,
+        time_base=stream.time_base,
         from_header=True,
     )
 
 
+# --- from packets ---
+
+
 def _index_from_packets(source: VideoSource, container, stream) -> FrameIndex:
     """Reads all packets once and decodes none."""
-    times, keys = [], []
-    try:
-        for packet in container.demux(stream):
-            if not packet.size or getattr(packet, "is_discard", False) or _is_hidden(packet, stream):
-                continue
-            times.append(packet.pts)
-            if packet.is_keyframe and packet.pts is not None:
-                keys.append((packet.pts, packet.dts))
-    except av.FFmpegError:
-        pass  # the end of what is readable; the caller reports what is missing
-    if not times:
+    packets = _read_packets(container, stream)
+    if not any(packets.is_shown):
         raise VideoDecodeError(f"{source.name}: the file contains no frames")
-    shortfall = _shortfall(container, stream, times)
-    untimed = None in times or len(set(times)) != len(times)
-    if container.format.name == "avi" and stream.codec_context.has_b_frames:
-        # AVI has no presentation times. If FFmpeg made them up, they ascend in storage order.
-        untimed = untimed or times == sorted(times)
-    if untimed:
-        return FrameIndex(len(times), stream.time_base, stream.index, shortfall=shortfall)
-    keys.sort(key=lambda key: key[0])
-    keys = keys or [(min(times), None)]
-    # Frames before the first keyframe (a recording that starts mid-stream) cannot be decoded.
-    pts = sorted(time for time in times if time >= keys[0][0])
-    arbitrary_clock = container.format.name in ("mpegts", "mpeg")
+    shortfall = _shortfall(container, stream, packets)
+    order = None if _times_are_useless(packets, container, stream) else _presentation_order(packets)
+    if order is not None:
+        return make_index(packets, order, container, stream, shortfall=shortfall)
     return FrameIndex(
-        pts=pts,
-        num_frames=len(pts),
-        key_pts=[key[0] for key in keys],
-        key_seeks=keys,
-        time_base=stream.time_base,
+        num_frames=sum(packets.is_shown),
         stream=stream.index,
-        origin=pts[0] if arbitrary_clock else 0,
+        packets=packets,
+        seconds=_seconds_of_counted(packets, container, stream),
+        time_base=stream.time_base,
         shortfall=shortfall,
     )
 
 
-def _is_hidden(packet, stream) -> bool:
-    """VP8 has packets that are never shown (alternate references); a bit in their first byte says so."""
-    return stream.codec_context.name == "vp8" and not memoryview(packet)[0] & 0x10
+def _read_packets(container, stream) -> Packets:
+    packets = Packets()
+    starts, is_vp8 = _picture_starts(stream), stream.codec_context.name == "vp8"
+    try:
+        for packet in container.demux(stream):
+            if not packet.size:
+                continue
+            is_shown = not getattr(packet, "is_discard", False)
+            if starts is not None:
+                if packet.is_keyframe:
+                    starts.read_parameter_sets(memoryview(packet)[:PARAMETER_SETS])
+                if starts.possible or packet.size < SMALL_PACKET:
+                    is_shown &= starts.begins_picture(packet)
+            elif is_vp8:  # has packets that are never shown (alternate references); a bit in their first byte says so
+                is_shown &= bool(memoryview(packet)[0] & 0x10)
+            packets.pos.append(-1 if packet.pos is None else packet.pos)
+            packets.size.append(packet.size)
+            packets.pts.append(packet.pts)
+            packets.dts.append(packet.dts)
+            packets.is_key.append(packet.is_keyframe)
+            packets.is_shown.append(is_shown)
+    except av.FFmpegError:
+        pass  # the end of what is readable; the caller reports what is missing
+    if "avi" in _formats(container) and not stream.codec_context.has_b_frames:
+        packets.pts = packets.dts  # AVI has no other clock; FFmpeg's guesses miss empty packets
+    return packets
 
 
-def _shortfall(container, stream, times: list) -> str:
+def _picture_starts(stream) -> PictureStarts | None:
+    if stream.codec_context.name != "h264":
+        return None
+    return PictureStarts(stream.codec_context.extradata)
+
+
+def _formats(container) -> set[str]:
+    return set(container.format.name.split(","))
+
+
+def _times_are_useless(packets: Packets, container, stream) -> bool:
+    """Whether the packets' times do not tell in which order frames are shown."""
+    times = list(itertools.compress(packets.pts, packets.is_shown))
+    if None in times or (len(times) > 1 and len(set(times)) <= len(times) // 2):
+        return True
+    if not stream.codec_context.has_b_frames or any(b <= a for a, b in itertools.pairwise(times)):
+        return False
+    # B-frames are shown before what is stored before them. Times that ascend in storage order are those of decoding,
+    # unless both clocks are stored and differ: then the encoder was allowed B-frames, but used none.
+    clocks = zip(packets.pts, packets.dts, strict=True)
+    return not (STORES_BOTH_CLOCKS & _formats(container) and all(d is not None and p > d for p, d in clocks))
+
+
+def _presentation_order(packets: Packets) -> np.ndarray:
+    """Numbers of all packets, hidden ones included, in the order in which frames are shown.
+
+    Times sort packets only within a stretch on one clock. A new stretch (another recording, or the next edit of an
+    edit list, which starts with hidden packets) begins at a time before the end of the previous group of pictures: no
+    frame of the same stretch is stored that late.
+    """
+    stretch, stretches = 0, []
+    floor = highest = float("-inf")
+    for pts, is_key in zip(packets.pts, packets.is_key, strict=True):
+        if pts is None:  # of a hidden packet
+            stretches.append(stretch)
+            continue
+        if pts < (highest if is_key else floor):
+            stretch += 1
+            floor = highest = float("-inf")
+        if is_key:
+            floor = highest
+        highest = max(highest, pts)
+        stretches.append(stretch)
+    times = [0 if pts is None else pts for pts in packets.pts]
+    return np.lexsort((np.array(times, dtype=np.int64), np.array(stretches)))
+
+
+def make_index(
+    packets: Packets, order: np.ndarray, container, stream, *, is_decoded=False, shortfall=""
+) -> FrameIndex:
+    """
+    Args:
+        order: numbers of packets in presentation order. Hidden ones may be among them, and tell where in that order
+            their keyframe lies.
+    """
+    shown = np.array(packets.is_shown, dtype=bool)
+    if not is_decoded:
+        first_key = next(itertools.compress(range(len(packets)), packets.is_key), int(order[0]))
+        # Frames before the first keyframe (a recording that starts mid-stream) cannot be decoded.
+        shown[order[: int(np.nonzero(order == first_key)[0][0])]] = False
+    positions = np.cumsum(shown[order]) - shown[order]  # how many shown frames are before each
+    frames = order[shown[order]]
+    pts = [packets.pts[number] for number in frames]
+    ascends = None not in pts and all(a < b for a, b in itertools.pairwise(pts))
+    return FrameIndex(
+        num_frames=len(frames),
+        stream=stream.index,
+        packets=packets,
+        order=frames,
+        keyframes=_keyframes(packets, order, positions, len(frames)),
+        seconds=seconds_in_order(pts, stream.time_base, from_zero=bool(ARBITRARY_CLOCK & _formats(container))),
+        pts=pts if ascends else [],
+        time_base=stream.time_base,
+        is_decoded=is_decoded,
+        shortfall=shortfall,
+    )
+
+
+def _keyframes(packets: Packets, order: np.ndarray, positions: np.ndarray, num_frames: int) -> list[Keyframe]:
+    # What is stored before a keyframe but shown after it cannot be decoded from it.
+    earliest = np.minimum.accumulate(order[::-1])[::-1]  # number of a packet that is shown no earlier
+    usable = np.array(packets.is_key, dtype=bool)[order] & (earliest == order) & (positions < num_frames)
+    return [
+        Keyframe(int(position), int(number), (packets.pts[number], packets.dts[number]))
+        for position, number in zip(positions[usable], order[usable], strict=True)
+    ]
+
+
+# --- from decoding ---
+
+
+def index_from_decoding(
+    index: FrameIndex, container, stream, outputs: list[int | None], is_damaged: bool
+) -> FrameIndex:
+    """
+    The index of a video that was decoded whole.
+
+    Args:
+        index: made from packets.
+        outputs: number of the packet of each frame, as they were decoded.
+        is_damaged: a packet could not be decoded. Frames that did not come are then lost, otherwise they do not exist.
+    """
+    packets = index.packets
+    if None in outputs:  # a decoder that drops labels: only counting is left
+        seconds = index.seconds if index.num_frames == len(outputs) else None
+        return replace(
+            index, num_frames=len(outputs), order=None, keyframes=[], seconds=seconds, pts=[], is_decoded=True
+        )
+    order: list[int] = outputs  # type: ignore[assignment]
+    if is_damaged:
+        there, order = set(outputs), []
+        missing = [n for n in itertools.compress(range(len(packets)), packets.is_shown) if n not in there]
+        after: dict[int, list[int]] = {}
+        for number in missing:  # next to the last packet before it that was decoded
+            anchor = number - 1
+            while anchor >= 0 and anchor not in there:
+                anchor -= 1
+            after.setdefault(anchor, []).append(number)
+        order = after.pop(-1, [])
+        for output in outputs:
+            order += [output, *after.pop(output, [])]
+    for number in order:
+        packets.is_shown[number] = True
+    made = make_index(packets, np.array(order, dtype=np.int64), container, stream, is_decoded=True)
+    known = [packets.pts[number] for number in order if packets.pts[number] is not None]
+    seconds = made.seconds
+    if index.is_counted and any(b < a for a, b in itertools.pairwise(known)):  # times of decoding
+        seconds = _seconds_of_counted(packets, container, stream, numbers=order)
+    return replace(made, seconds=seconds, shortfall=index.shortfall)
+
+
+def _seconds_of_counted(packets: Packets, container, stream, numbers=None) -> np.ndarray | None:
+    """Times of frames whose order is unknown: those of their packets, sorted."""
+    if numbers is None:
+        numbers = list(itertools.compress(range(len(packets)), packets.is_shown))
+    clock = packets.pts
+    if "avi" in _formats(container) or sum(packets.pts[n] is None for n in numbers) > len(numbers) // 2:
+        clock = packets.dts  # AVI stores no other
+    times = [clock[number] for number in numbers]
+    if sum(time is None for time in times) > len(times) // 2:
+        return None
+    filled = interpolate_missing(times)
+    if len(set(filled)) <= len(filled) // 2:
+        return None
+    return seconds_in_order(sorted(filled), stream.time_base, from_zero=True)
+
+
+# --- what is missing ---
+
+
+def _shortfall(container, stream, packets: Packets) -> str:
     """How much is missing compared to the header: the sign of a truncated file. Small differences are common."""
-    found, promised = len(times), stream.frames
+    found, promised, formats = len(packets), stream.frames, _formats(container)
+    times = [time for time in packets.pts if time is not None]
+    end = float(max(times, default=0) * stream.time_base)
+    seconds = container.duration / av.time_base if container.duration is not None else None
+    if "avi" in formats:  # counts empty packets, which repeat a frame; each takes one unit of time
+        found = max((time for time in packets.dts if time is not None), default=-1) + 1
+    elif "mov" in formats and promised:
+        entries = getattr(stream, "index_entries", None)  # PyAV 18
+        if entries:
+            promised = len(entries)  # without what an edit list cuts off
+        elif seconds is not None and end >= 0.9 * seconds - 1:
+            return ""
     if promised:
         return f"{found} of {promised} frames are left" if found < promised - max(2, promised // 20) else ""
-    if container.duration is None or None in times or container.format.name in ("mpegts", "mpeg"):
+    if seconds is None or len(times) < len(packets) or ARBITRARY_CLOCK & formats:
         return ""  # no promise, or one that FFmpeg guessed from the end of the file
     if len(container.streams) > 1:
         return ""  # the duration may be that of the sound
-    seconds, end = container.duration / av.time_base, float(max(times) * stream.time_base)
     return f"{end:.1f} of {seconds:.1f} seconds are left" if end < 0.9 * seconds - 1 else ""

@@ -8,12 +8,15 @@ Frames are sampled as in the released code, at the middles of equal ranges of th
 """
 
 import copy
-from collections.abc import Iterator, Mapping
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from huggingface_hub.dataclasses import validate_typed_dict
+from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from torchvision.transforms import InterpolationMode
 from transformers.image_processing_utils import BatchFeature
@@ -21,8 +24,13 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, PILImage
 from transformers.processing_utils import VideosKwargs
 from transformers.video_processing_utils import BaseVideoProcessor
 
-from .video_decoding import DecodedVideo, FrameMetadata, decode_video, iter_video
-from .video_sources import VideoSource, open_source, picture_to_rgb, read_picture
+from .crop_spans import middle_span
+from .option_values import plain_video_options, real_number, whole_number
+from .pictures import picture_size, picture_to_rgb, read_picture
+from .time_windows import frames_in_window, part_of_video
+from .video_decoders import describe_decoder, is_video_decoder, iter_decoder
+from .video_decoding import DecodedVideo, FrameMetadata, decode_video, iter_video, probe_video
+from .video_sources import VideoSource, encoded_video, open_source
 
 PRESETS = {
     "clip": {"do_center_crop": True, "resample": PILImageResampling.BICUBIC},
@@ -42,17 +50,32 @@ IMAGE_OPTIONS = (
     "image_std",
 )
 SHORT_VIDEO = ("keep", "stretch", "once")
+SAMPLING = ("max_frames", "short_video", "video_start", "video_end")  # next to num_frames and fps
 MAX_UNSAMPLED_FRAMES = 10_000  # about 1.5 GB of 224 x 224 frames, four times that as floats
+MAX_COVERING = 4  # times the output's area; larger frames are cropped before they are resized
 METADATA_FIELDS = ("total_num_frames", "fps", "width", "height", "duration", "video_backend", "frames_indices")
 
 
-class LongVLMVideosKwargs(VideosKwargs, total=False):  # type: ignore[call-arg]
+class LongVLMVideoProcessorKwargs(VideosKwargs, total=False):  # type: ignore[call-arg]
     """`VideosKwargs` with our own options; see `LongVLMVideoProcessor`."""
 
     max_frames: int | None
     short_video: str | None
+    video_start: float | int | None
+    video_end: float | int | None
+    video_stream: int | None
     shortest_edge: int | None
     decoding_backend: str | None
+
+
+@contextmanager
+def auto_map_in_files_only(*objects):
+    """Saving adds an `auto_map` to the objects, which this removes: they stay equal to what they were."""
+    try:
+        yield
+    finally:
+        for one in objects:
+            vars(one).pop("auto_map", None)
 
 
 class VideoPiece(NamedTuple):
@@ -91,6 +114,11 @@ class LongVLMVideoProcessor(BaseVideoProcessor):
             the released rule, which takes a middle frame twice and the last one never; `"stretch"`: those frames
             stretched to `num_frames` by nearest interpolation along time, as the original intended; `"once"`: every
             frame once.
+        video_start, video_end (`float`, *optional*):
+            Take frames from this part of the video only, as if it were the whole: those with `video_start` <= time <
+            `video_end`, in seconds from the first frame. Nothing else is decoded.
+        video_stream (`int`, *optional*):
+            Number of the video stream in its file, if the file has several; default: see `decode_video`.
         size (`dict`, defaults to `{"height": 224, "width": 224}`):
             Size of the output frames. Files written for CLIP or DINOv2 (`size={"shortest_edge": 256}` with
             `crop_size`) are understood: `size` becomes their `crop_size`, and `shortest_edge` 256.
@@ -105,7 +133,7 @@ class LongVLMVideoProcessor(BaseVideoProcessor):
     """
 
     model_input_names = ["pixel_values_videos", "num_frames"]  # noqa: RUF012 (transformers' way)
-    valid_kwargs = LongVLMVideosKwargs
+    valid_kwargs = LongVLMVideoProcessorKwargs
 
     size = {"height": 224, "width": 224}  # noqa: RUF012
     resample = PILImageResampling.BICUBIC
@@ -121,23 +149,38 @@ class LongVLMVideoProcessor(BaseVideoProcessor):
     fps = None
     max_frames = None
     short_video = "keep"
+    video_start = None
+    video_end = None
+    video_stream = None
     shortest_edge = None
     decoding_backend = None
 
     def __init__(self, *, preset: str | None = None, **kwargs):
         if preset is not None and preset not in PRESETS:
             raise ValueError(f'preset "{preset}" is not known; choose one of {", ".join(PRESETS)}')
+        kwargs = plain_video_options(kwargs)
         super().__init__(**{**(PRESETS[preset] if preset else {}), **_size_as_output(kwargs)})
         self._check_short_video(self.short_video)
 
     @classmethod
     def from_dict(cls, video_processor_dict: dict[str, Any], **kwargs):
-        """As in the base class; `preset=` overrides what was saved."""
+        """As in the base class; `preset=`, `size=` and `crop_size=` override what was saved."""
         preset = kwargs.pop("preset", None)
         if preset is not None:
             kept = {key: value for key, value in video_processor_dict.items() if key not in PRESETS["clip"]}
             video_processor_dict = {**kept, "preset": preset}
-        return super().from_dict(video_processor_dict, **kwargs)
+        replaced = {"auto_map"}  # is for files alone
+        if _is_output_size(kwargs.get("size")):
+            replaced.add("crop_size")
+        elif kwargs.get("crop_size") is not None and _is_output_size(video_processor_dict.get("size")):
+            replaced.add("size")
+        kept = {key: value for key, value in video_processor_dict.items() if key not in replaced}
+        return super().from_dict(kept, **kwargs)
+
+    def save_pretrained(self, save_directory, **kwargs):
+        """As in the base class."""
+        with auto_map_in_files_only(self):
+            return super().save_pretrained(save_directory, **kwargs)
 
     # --- which frames ---
 
@@ -149,26 +192,33 @@ class LongVLMVideoProcessor(BaseVideoProcessor):
             metadata: `VideoMetadata` or dict with `total_num_frames`; sampling by `fps` also needs the video's own
                 frame rate in it.
             num_frames, fps: at most one of them; default: the processor's.
-            kwargs: `max_frames` and `short_video`; others are ignored.
+            kwargs: `max_frames`, `short_video`, `video_start` and `video_end`; others are ignored.
         Returns:
             Source indices, ascending, int64. For videos with fewer frames than asked for, see `short_video`.
         """
+        given = {name: kwargs[name] for name in SAMPLING if name in kwargs}
+        given = plain_video_options({"num_frames": num_frames, "fps": fps, **given})
+        num_frames, fps = given["num_frames"], given["fps"]
         if num_frames is not None and fps is not None:
-            raise ValueError(f"num_frames={num_frames} and fps={fps} exclude each other; pass one of them")
+            raise ValueError(f"`num_frames` {num_frames} and `fps` {fps} exclude each other; give one of them")
         if num_frames is None and fps is None:
             fps = self.fps
         if isinstance(metadata, dict):
             metadata = FrameMetadata(**{name: value for name, value in metadata.items() if name in METADATA_FIELDS})
-        total = metadata.total_num_frames
-        if not total:
+        if not metadata.total_num_frames:
             raise ValueError("the video has no frames")
+        rule = {name: getattr(self, name) if given.get(name) is None else given[name] for name in SAMPLING}
+        window = frames_in_window(metadata, rule["video_start"], rule["video_end"])
+        part = part_of_video(metadata, window)
         if fps is not None:
-            max_frames = kwargs.get("max_frames")
-            return self._indices_by_time(metadata, fps, max_frames if max_frames is not None else self.max_frames)
-        count = int(self.num_frames if num_frames is None else num_frames)
-        if count < 1:
-            raise ValueError(f"num_frames={count}: must be at least 1")
-        short_video = self._check_short_video(kwargs.get("short_video") or self.short_video)
+            indices = self._indices_by_time(part, fps, rule["max_frames"])
+        else:
+            count = self.num_frames if num_frames is None else num_frames
+            indices = self._indices_by_count(len(window), count, rule["short_video"])
+        return indices + window.start
+
+    def _indices_by_count(self, total: int, count: int, short_video: str) -> np.ndarray:
+        self._check_short_video(short_video)
         if total < count and short_video == "once":
             return np.arange(total)
         indices = _middles(total, min(total, count))
@@ -180,10 +230,6 @@ class LongVLMVideoProcessor(BaseVideoProcessor):
 
     @staticmethod
     def _indices_by_time(metadata, fps: float, max_frames: int | None) -> np.ndarray:
-        if not 0 < fps < float("inf"):
-            raise ValueError(f"fps={fps}: must be a number above 0")
-        if max_frames is not None and max_frames < 1:
-            raise ValueError(f"max_frames={max_frames}: must be at least 1")
         total, times = metadata.total_num_frames, getattr(metadata, "source_timestamps", None)
         if times is None and not metadata.fps:
             raise ValueError(
@@ -212,13 +258,15 @@ class LongVLMVideoProcessor(BaseVideoProcessor):
         """
         Args:
             videos: one video or a (nested) list of them. A video is a path, a URL, bytes, a file object, a folder
-                of images, a list of frames (Pillow, NumPy, torch; any size; grey or RGBA, whose alpha is
-                dropped), or an array `(T, H, W, C)`, `(T, C, H, W)` or, grey, `(T, H, W)`. A 5D array is a batch.
-                Pixel values are 0 to 255; floats that are all within 0 to 1 count as already rescaled.
+                of images, a row of a `datasets` Video column (decoded or not), torchcodec's `VideoDecoder`, a list of
+                frames (Pillow, NumPy, torch; any size; grey or RGBA, whose alpha is dropped), or an array
+                `(T, H, W, C)`, `(T, C, H, W)` or, grey, `(T, H, W)`. A 5D array is a batch. Pixel values are 0 to 255;
+                floats that are all within 0 to 1 count as already rescaled.
             video_options: options of single videos, which replace those in `kwargs`: one dict (or `None`) per video.
             progress: called as `progress("decode", done, total)` with the frames read of the current video.
             video_metadata: for videos given as frames: the `fps` and `total_num_frames` of the source, and in
-                `frames_indices` the positions of the given frames in it. A dict or `VideoMetadata`, or a list of them.
+                `frames_indices` the positions of the given frames in it. For a folder of images: its `fps`. A dict or
+                `VideoMetadata`, or a list of them.
             kwargs: options of the processor; `num_frames` and `fps` exclude each other.
         Returns:
             `BatchFeature` with `pixel_values_videos` float32 `(videos, max_frames, 3, H, W)`, where shorter videos are
@@ -272,8 +320,7 @@ class LongVLMVideoProcessor(BaseVideoProcessor):
         Raises:
             VideoDecodeError: the video cannot be read.
         """
-        if frames_per_piece < 1:
-            raise ValueError(f"frames_per_piece must be at least 1, got {frames_per_piece}")
+        frames_per_piece = whole_number("frames_per_piece", frames_per_piece, 1)
         metadata = kwargs.pop("video_metadata", None)
         options = self._options(kwargs)
         sources = flatten_videos([video])
@@ -282,15 +329,53 @@ class LongVLMVideoProcessor(BaseVideoProcessor):
             pixel_values = self._stack([piece], len(piece.frames), [options])[0]
             yield VideoPiece(pixel_values, piece.metadata.timestamps, piece.metadata.duration)
 
-    def open_video(self, video) -> VideoSource:
+    def check_options(self, **kwargs) -> None:
         """
-        Opens a video that is not given as frames; one at a URL is downloaded. The result can be passed to
-        `iter_pieces` any number of times, until it is closed (it is a context manager).
+        Raises:
+            ValueError: options that no video can have, or that do not fit together.
+        """
+        kwargs.pop("video_metadata", None)
+        self._options(kwargs)
 
+    def count_frames(self, video, *, video_options: Mapping | None = None, **kwargs) -> int:
+        """
+        Number of frames that `preprocess` takes from a video, without decoding it. A damaged video may have fewer.
+
+        Args:
+            video: one video, as in `preprocess`.
+            video_options: options of this video, which replace those in `kwargs`.
+            kwargs: as in `preprocess`.
+        Raises:
+            VideoDecodeError: the video cannot be opened.
+            ValueError: options that do not fit.
+        """
+        kwargs = _replace_options(kwargs, dict(video_options or {}))
+        described = kwargs.pop("video_metadata", None)
+        options = self._options(kwargs)
+        video = encoded_video(video)
+        if is_video_decoder(video):
+            return len(self._choose_from_source(describe_decoder(video), described, options))
+        if _is_encoded(video):
+            metadata = probe_video(video, **_stream_option(options))
+            return len(self._choose_from_source(metadata, described, options))
+        return len(self._choose_from_frames(video, described, options)[1])
+
+    def encoded_video(self, video):
+        """The file of a row of a `datasets` Video column; any other video unchanged."""
+        return encoded_video(video)
+
+    def open_video(self, video, **options) -> VideoSource:
+        """
+        Opens a video that is not given as frames; one at a URL is downloaded. The result can be used wherever a video
+        can, any number of times, until it is closed (it is a context manager).
+
+        Args:
+            video: as in `preprocess`.
+            options: limits of a download, what a name may lead to, progress; see `open_source`.
         Raises:
             VideoDecodeError: there is no such video.
         """
-        return open_source(video)
+        return open_source(video, **options)
 
     def fetch_videos(self, video_url_or_urls, sample_indices_fn=None):
         """Decode one video or a list of them: `(uint8 (T, 3, H, W), FrameMetadata)`, or a list of each."""
@@ -298,46 +383,66 @@ class LongVLMVideoProcessor(BaseVideoProcessor):
             videos = [self.fetch_videos(video, sample_indices_fn) for video in video_url_or_urls]
             return list(zip(*videos, strict=True))
         choose = sample_indices_fn or _all_frames
-        decoded = decode_video(video_url_or_urls, choose, transform=_channels_first, backend=self.decoding_backend)
+        stream = _stream_option({"video_stream": self.video_stream})
+        decoded = decode_video(
+            video_url_or_urls, choose, transform=_channels_first, backend=self.decoding_backend, **stream
+        )
         return torch.stack(decoded.frames), decoded.metadata
 
     def _options(self, kwargs: dict) -> dict:
         """Options of the call, else those of the processor."""
-        kwargs = _size_as_output(kwargs)
-        validate_typed_dict(self.valid_kwargs, kwargs)
-        options = {name: getattr(self, name, None) for name in self.valid_kwargs.__annotations__}
-        options |= kwargs
+        known = self.valid_kwargs.__annotations__
+        for name in kwargs:
+            if name not in known:
+                close = difflib.get_close_matches(name, known, 1)
+                hint = f"; did you mean {close[0]}?" if close else ""
+                raise ValueError(f"`{name}` is not an option of the video processor{hint}")
+        kwargs = _size_as_output(plain_video_options(kwargs))
+        try:
+            validate_typed_dict(self.valid_kwargs, kwargs)
+        except StrictDataclassError as error:
+            raise ValueError(" ".join(str(error).split())) from None
+        options = {name: getattr(self, name, None) for name in known}
+        options |= {name: value for name, value in kwargs.items() if value is not None or name not in SAMPLING}
         # Only those of the call: the processor's own `num_frames` does not conflict with the `fps` of a call.
         options["num_frames"], options["fps"] = kwargs.get("num_frames"), kwargs.get("fps")
+        if options["num_frames"] is not None and options["fps"] is not None:
+            raise ValueError(
+                f"`num_frames` {options['num_frames']} and `fps` {options['fps']} exclude each other; give one of them"
+            )
+        by_time = options["fps"] is not None or (options["num_frames"] is None and self.fps is not None)
+        if kwargs.get("max_frames") is not None and options["do_sample_frames"] and not by_time:
+            raise ValueError(
+                f"`max_frames` {kwargs['max_frames']} needs `fps`; to choose the number of frames, give `num_frames`"
+            )
         return self._standardize_kwargs(**options)
 
     def _load(
-        self, video, metadata: Mapping | None, options: dict, progress, frames_per_piece: int | None = None
+        self, video, described: Mapping | None, options: dict, progress, frames_per_piece: int | None = None
     ) -> Iterator[DecodedVideo]:
         """Yields frames uint8 or float32 `(3, H, W)`, already resized; all in one piece by default."""
-
-        def choose(metadata):
-            if not options["do_sample_frames"]:
-                return _all_frames(metadata, options["max_frames"] or MAX_UNSAMPLED_FRAMES)
-            names = ("num_frames", "fps", "max_frames", "short_video")
-            return self.sample_frames(metadata, **{name: options[name] for name in names})
-
-        def resize(frame):
-            return self._resize_frame(_channels_first(frame), options)
-
-        if _is_encoded(video):
-            yield from iter_video(
+        video = encoded_video(video)
+        if is_video_decoder(video):
+            yield from iter_decoder(
                 video,
-                choose,
+                lambda metadata: self._choose_from_source(metadata, described, options),
                 frames_per_piece=frames_per_piece,
-                transform=resize,
-                backend=options["decoding_backend"],
+                transform=lambda frame: self._resize_frame(frame, options),
                 progress=progress,
             )
             return
-        frames = _as_frame_list(video, options["input_data_format"])
-        described, source = _describe_frames(frames, metadata)
-        positions = choose(described) if options["do_sample_frames"] else range(len(frames))
+        if _is_encoded(video):
+            yield from iter_video(
+                video,
+                lambda metadata: self._choose_from_source(metadata, described, options),
+                frames_per_piece=frames_per_piece,
+                transform=lambda frame: self._resize_frame(_channels_first(frame), options),
+                backend=options["decoding_backend"],
+                progress=progress,
+                **_stream_option(options),
+            )
+            return
+        frames, positions, source = self._choose_from_frames(video, described, options)
         if source.frames_indices is not None:
             source.frames_indices = [int(source.frames_indices[i]) for i in positions]
         scale = 255.0 if options["do_rescale"] and _are_unit_floats(frames) else None
@@ -347,10 +452,42 @@ class LongVLMVideoProcessor(BaseVideoProcessor):
             taken = positions[start : start + size]
             if source.frames_indices is not None:
                 piece.frames_indices = source.frames_indices[start : start + size]
-            resized = {i: resize(_to_rgb(frames[i], options["input_data_format"], scale)) for i in set(taken)}
+            resized = {
+                i: self._resize_frame(_to_rgb(frames[i], options["input_data_format"], scale), options)
+                for i in set(taken)
+            }
             if progress is not None:
                 progress("decode", start + len(taken), len(positions))
             yield DecodedVideo([resized[i] for i in taken], piece)
+
+    def _choose(self, metadata, options: dict) -> np.ndarray:
+        """The rule of the options applied to a whole video."""
+        if options["do_sample_frames"]:
+            return self.sample_frames(metadata, **{name: options[name] for name in ("num_frames", "fps", *SAMPLING)})
+        limit = options["max_frames"] or MAX_UNSAMPLED_FRAMES
+        return _all_frames(metadata, limit, options["video_start"], options["video_end"])
+
+    def _choose_from_source(self, metadata, described: Mapping | None, options: dict) -> np.ndarray:
+        """`described`: the caller's `video_metadata`. A folder of images has no frame rate of its own."""
+        if not metadata.fps and described is not None and described.get("fps"):
+            metadata.fps = real_number("fps", described["fps"], above=0)
+        return self._choose(metadata, options)
+
+    def _choose_from_frames(self, video, described: Mapping | None, options: dict):
+        """-> the given frames, the positions of those to take, and metadata of the source they come from."""
+        if options["video_stream"] is not None:
+            raise ValueError(f"`video_stream` {options['video_stream']} is for files; this video is given as frames")
+        frames = _as_frame_list(video, options["input_data_format"])
+        given, source = _describe_frames(frames, described)
+        window = options["video_start"], options["video_end"]
+        if source.frames_indices is None and window != (None, None):
+            raise ValueError(
+                f"{len(frames)} of {source.total_num_frames} frames are given, so their times are unknown; "
+                'pass their positions as "frames_indices" in video_metadata, or no `video_start` and `video_end`'
+            )
+        if options["do_sample_frames"]:
+            return frames, self._choose(given, options), source
+        return frames, frames_in_window(given, *window), source
 
     def _resize_frame(self, frame: torch.Tensor, options: dict) -> torch.Tensor:
         """`(3, h, w)` -> `(3, H, W)`."""
@@ -373,9 +510,24 @@ class LongVLMVideoProcessor(BaseVideoProcessor):
                 scale = size.width, width
             # In integers and rounded down, as CLIP's processor does.
             covering = [max(edge * scale[0] // scale[1], 1) for edge in (height, width)]
-            if covering != [height, width]:
+            if covering[0] * covering[1] > MAX_COVERING * size.height * size.width:
+                frame = self._resize_middle(frame, covering, size, resample)
+            elif covering != [height, width]:
                 frame = self.resize(frame, SizeDict(height=covering[0], width=covering[1]), resample)
-        return self.center_crop(frame, size)
+        # Contiguous: a view would keep the whole frame in memory.
+        return self.center_crop(frame, size).contiguous()
+
+    def _resize_middle(self, frame: torch.Tensor, covering: list[int], size: SizeDict, resample) -> torch.Tensor:
+        """For very long or tall frames: resizes only the middle, as if the whole had been resized to `covering`."""
+        spans = [
+            middle_span(edge, whole, crop)
+            for edge, whole, crop in zip(frame.shape[-2:], covering, (size.height, size.width), strict=True)
+        ]
+        rows, columns = (slice(span.start, span.stop) for span in spans)
+        resized = SizeDict(height=spans[0].length, width=spans[1].length)
+        frame = self.resize(frame[..., rows, columns].contiguous(), resized, resample)
+        top, left = (span.offset for span in spans)
+        return frame[..., top : top + min(size.height, covering[0]), left : left + min(size.width, covering[1])]
 
     def _stack(self, decoded: list[DecodedVideo], max_frames: int, options_used: list[dict]) -> torch.Tensor:
         """Rescale, normalise and pad, each video with its options: float32 `(videos, max_frames, 3, H, W)`."""
@@ -401,14 +553,25 @@ class LongVLMVideoProcessor(BaseVideoProcessor):
         return pixels
 
 
-def _all_frames(metadata, limit: int = MAX_UNSAMPLED_FRAMES) -> np.ndarray:
-    """Every index; refuses videos whose frames would fill the memory."""
-    if metadata.total_num_frames > limit:
+def _stream_option(options: Mapping) -> dict[str, int]:
+    stream = options["video_stream"]
+    return {} if stream is None else {"video_stream": stream}
+
+
+def _all_frames(
+    metadata,
+    limit: int = MAX_UNSAMPLED_FRAMES,
+    video_start: float | None = None,
+    video_end: float | None = None,
+) -> np.ndarray:
+    """Every index, of a window or of the whole; refuses videos whose frames would fill the memory."""
+    window = frames_in_window(metadata, video_start, video_end)
+    if len(window) > limit:
         raise ValueError(
-            f"the video has {metadata.total_num_frames} frames, more than {limit}, and without sampling "
+            f"the video has {len(window)} frames, more than {limit}, and without sampling "
             "all of them are kept; pass num_frames or fps with do_sample_frames=True, or a larger max_frames"
         )
-    return np.arange(metadata.total_num_frames)
+    return np.array(window)
 
 
 def _middles(total: int, count: int) -> np.ndarray:
@@ -418,9 +581,11 @@ def _middles(total: int, count: int) -> np.ndarray:
 
 
 def _replace_options(kwargs: dict, own: dict) -> dict:
-    """`kwargs` overridden by `own`; a frame count also replaces a frame rate, and vice versa."""
-    if "num_frames" in own or "fps" in own:
-        kwargs = {name: value for name, value in kwargs.items() if name not in ("num_frames", "fps")}
+    """`kwargs` overridden by `own`; a frame count also replaces a frame rate with its maximum, and vice versa."""
+    if "num_frames" in own:
+        kwargs = {name: value for name, value in kwargs.items() if name not in ("fps", "max_frames")}
+    elif "fps" in own:
+        kwargs = {name: value for name, value in kwargs.items() if name != "num_frames"}
     return {**kwargs, **own}
 
 
@@ -428,6 +593,8 @@ def _size_as_output(kwargs: dict) -> dict:
     """Turns the sizes of CLIP and DINOv2 files into ours, where `size` is the output size."""
     kwargs = dict(kwargs)
     size, crop_size = kwargs.get("size"), kwargs.pop("crop_size", None)
+    if isinstance(size, int) and crop_size is not None:
+        size = {"shortest_edge": size}  # CLIP's shorthand
     if crop_size is not None:
         crop_size = {"height": crop_size, "width": crop_size} if isinstance(crop_size, int) else dict(crop_size)
         crop_size = {"height": crop_size["height"], "width": crop_size["width"]}
@@ -449,6 +616,10 @@ def _size_as_output(kwargs: dict) -> dict:
     return kwargs
 
 
+def _is_output_size(size) -> bool:
+    return isinstance(size, Mapping) and bool(size.get("height"))
+
+
 # --- the many forms of a video ---
 
 
@@ -461,6 +632,8 @@ def flatten_videos(videos) -> list:
     """
     if _is_array(videos) and videos.ndim == 5:
         return list(videos)
+    if isinstance(videos, Sequence) and not isinstance(videos, (list, tuple, str, bytes, bytearray, memoryview)):
+        videos = list(videos)  # a column of a data set
     if not isinstance(videos, (list, tuple)):
         return [videos]
     if not videos:
@@ -492,8 +665,8 @@ def _is_encoded(video) -> bool:
 def _as_frame_list(video, data_format=None) -> list:
     """The frames of a video that is given as frames."""
     if isinstance(video, (list, tuple)):
-        frames = [read_picture(frame) if isinstance(frame, str) else frame for frame in video]
-        if not frames or not all(_is_frame(frame) for frame in frames):
+        frames = list(video)  # paths are read when they are chosen
+        if not frames or not all(isinstance(frame, str) or _is_frame(frame) for frame in frames):
             raise ValueError("a video given as a list needs images or arrays of 2 or 3 axes, at least one")
         return frames
     if isinstance(video, Image.Image):
@@ -523,6 +696,8 @@ def _are_unit_floats(frames: list) -> bool:
 
 def _to_rgb(frame, data_format=None, scale: float | None = None) -> torch.Tensor:
     """A frame as `(3, H, W)`, uint8 or float32; alpha is dropped, grey repeated."""
+    if isinstance(frame, str):
+        return _channels_first(read_picture(frame))
     if isinstance(frame, Image.Image):
         return _channels_first(picture_to_rgb(frame))
     if isinstance(frame, np.ndarray) and frame.dtype == np.uint16:
@@ -574,7 +749,8 @@ def _describe_frames(frames: list, metadata: Mapping | None) -> tuple[FrameMetad
     The source's `frames_indices` are those of the given frames, or `None` if they are unknown.
     """
     known = {key: metadata[key] for key in METADATA_FIELDS if key in metadata} if metadata is not None else {}
-    height, width = _to_rgb(frames[0]).shape[1:]
+    first = frames[0]
+    height, width = picture_size(first) if isinstance(first, str) else _to_rgb(first).shape[1:]
     defaults = {"total_num_frames": len(frames), "height": height, "width": width}
     source = FrameMetadata(**defaults | {key: value for key, value in known.items() if value is not None})
     source.source_timestamps = getattr(metadata, "source_timestamps", None)
@@ -582,9 +758,10 @@ def _describe_frames(frames: list, metadata: Mapping | None) -> tuple[FrameMetad
         source.frames_indices = range(len(frames))
     if source.frames_indices is not None and len(source.frames_indices) != len(frames):
         raise ValueError(f"frames_indices names {len(source.frames_indices)} frames, but {len(frames)} were given")
-    given = FrameMetadata(len(frames), fps=source.fps)
+    given = FrameMetadata(len(frames), fps=source.fps, duration=source.duration)
     if source.timestamps is not None:
         given.source_timestamps = np.array(source.timestamps)
+        given.start_time = 0.0 if source.source_timestamps is None else float(source.source_timestamps[0])
     return given, source
 
 

@@ -1,32 +1,28 @@
 """Where a video comes from: a path, a URL, bytes, an open file or a folder of images.
 
 Each becomes a `VideoSource`, which names the video in errors and can be opened repeatedly, so that several readers
-can work on one video. Nothing here decodes video; images in a folder are read with Pillow. If a video cannot be
-opened, a `VideoDecodeError` says which one and why, in one line.
+can work on one video. Nothing here decodes. If a video cannot be opened, a `VideoDecodeError` says which one and why,
+in one line.
 """
 
 import hashlib
 import io
 import os
 import re
-import tempfile
+import stat
+from collections.abc import Mapping
 from functools import cached_property
 from urllib.parse import urlsplit
 from urllib.request import url2pathname, urlopen
 
-import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from .arriving_data import BLOCK, Limits, Spool, read_file_object, read_pipe
+from .downloads import download
+from .playlists import is_playlist, read_playlist
+from .video_errors import VideoDecodeError as VideoDecodeError  # part of this module's interface
+from .video_errors import VideoDecodeWarning as VideoDecodeWarning
+from .video_errors import one_line, printable, short
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
-CONNECT_TIMEOUT, READ_TIMEOUT = 10.0, 60.0  # seconds
-
-
-class VideoDecodeError(ValueError):
-    """A video cannot be read. The message is one line: the name of the video, then the reason."""
-
-
-class VideoDecodeWarning(UserWarning):
-    """Part of a video cannot be read; the message says how much."""
 
 
 class VideoSource:
@@ -36,12 +32,14 @@ class VideoSource:
         name: what to call the video in messages (a path, a URL, "<1234 bytes>").
         path: a file or a folder on disk, or
         data: the whole file as bytes, or
-        file: a seekable binary file object; since it has one position, it serves one reader at a time.
-        temporary: delete the file at `path` on `close()`.
+        file: a seekable binary file object; since it has one position, it serves one reader at a time, or
+        spool: what arrived from an address or a pipe.
+        owned: close `spool` on `close()`.
     """
 
-    def __init__(self, name, *, path=None, data=None, file=None, temporary=False):
-        self.name, self.path, self.data, self.file, self.temporary = name, path, data, file, temporary
+    def __init__(self, name, *, path=None, data=None, file=None, spool: Spool | None = None, owned=True):
+        self.name = printable(name)
+        self.path, self.data, self.file, self.spool, self.owned = path, data, file, spool, owned
 
     @property
     def is_directory(self) -> bool:
@@ -60,12 +58,16 @@ class VideoSource:
         """Size in bytes; determined before a decoder moves through `file`."""
         if self.path is not None:
             return os.path.getsize(self.path)
+        if self.spool is not None:
+            return self.spool.size
         return len(self.data) if self.data is not None else self.file.seek(0, io.SEEK_END)
 
     def digest(self) -> bytes:
         """Identifies the video by its content; not for a folder."""
         if self.data is not None:
             return hashlib.blake2b(self.data).digest()
+        if self.spool is not None:
+            return self.spool.digest
         if self.path is None:
             self.file.seek(0)
             return hashlib.file_digest(self.file, "blake2b").digest()
@@ -78,12 +80,27 @@ class VideoSource:
             return self.path
         if self.data is not None:
             return io.BytesIO(self.data)
+        if self.spool is not None:
+            return self.spool.open()
         self.file.seek(0)
         return _Borrowed(self.file)
 
+    def head(self, size: int) -> bytes:
+        """The first bytes; none if they cannot be read."""
+        try:
+            opened = self.open()
+            file = open(opened, "rb") if isinstance(opened, str) else opened
+            try:
+                return file.read(size) or b""
+            finally:
+                if isinstance(file, io.IOBase):
+                    file.close()
+        except (OSError, ValueError):
+            return b""
+
     def close(self) -> None:
-        if self.temporary:
-            os.unlink(self.path)
+        if self.spool is not None and self.owned:
+            self.spool.close()
 
     def __enter__(self):
         return self
@@ -99,27 +116,44 @@ class _Borrowed:
         self.read, self.seek, self.tell = file.read, file.seek, file.tell
 
 
-def open_source(video) -> VideoSource:
+def open_source(
+    video, *, allow=frozenset({"file"}), max_download_bytes=None, max_download_seconds=None, progress=None
+) -> VideoSource:
     """Finds a video.
 
     Args:
-        video: a path (`str`, `os.PathLike`) of a file or a folder of images; a URL (http, https, file,
-            data); the bytes of a file; a binary file object; or a `VideoSource`, which whoever opened it closes.
+        video: a path (`str`, `os.PathLike`) of a file, a pipe or a folder of images; a URL (http, https, file,
+            data); the bytes of a file; a binary file object; a row of a `datasets` Video column; or a
+            `VideoSource`, which whoever opened it closes.
+        allow: what a name may lead to besides http, https and data URLs. `"file"`: local files. `"playlist"`: the
+            pieces that an HLS playlist names, on the web if it is there itself, else in its own folder. Nothing else
+            that a video names is ever opened.
+        max_download_bytes: limit of what arrives from a URL, a pipe or a file object that cannot seek. Default:
+            the environment variable LONGVLM_MAX_DOWNLOAD_BYTES, or 8 GiB.
+        max_download_seconds: limit of the time that it takes. Default: the environment variable
+            LONGVLM_MAX_DOWNLOAD_SECONDS, or 1800.
+        progress: called as `progress("download", done, total)`, in bytes; the total is 0 if it is unknown.
     Raises:
-        VideoDecodeError: no such file, empty, unreachable, or not one of these types.
+        VideoDecodeError: no such file, empty, unreachable, past a limit, not allowed, or not one of these types.
+        ValueError: a limit that is no number above 0.
     """
     if isinstance(video, VideoSource):
-        return VideoSource(video.name, path=video.path, data=video.data, file=video.file)
-    if isinstance(video, (bytes, bytearray, memoryview)):
-        source = VideoSource(f"<{len(video)} bytes>", data=bytes(video))
+        return VideoSource(
+            video.name, path=video.path, data=video.data, file=video.file, spool=video.spool, owned=False
+        )
+    video = encoded_video(video)
+    limits = Limits.choose(max_download_bytes, max_download_seconds)
+    if isinstance(video, VideoSource):
+        source = video
+    elif isinstance(video, (bytes, bytearray, memoryview)):
+        source = VideoSource(f"<{memoryview(video).nbytes} bytes>", data=bytes(video))
     elif hasattr(video, "read"):
-        source = _from_file_object(video)
+        source = _from_file_object(video, limits, progress)
     elif isinstance(video, (str, os.PathLike)):
-        path = os.fspath(video)
-        source = _from_url(path) if isinstance(path, str) and "://" in path[:16] else _from_path(path)
+        source = _from_name(os.fspath(video), allow, limits, progress)
     else:
         raise VideoDecodeError(
-            f"{_short(repr(video))}: a video is a path, a URL, bytes, a binary file object or a list of frames, "
+            f"{short(repr(video))}: a video is a path, a URL, bytes, a binary file object or a list of frames, "
             f"not {type(video).__name__}"
         )
     if not source.is_directory and source.size == 0:
@@ -128,107 +162,101 @@ def open_source(video) -> VideoSource:
     return source
 
 
-def _from_path(path) -> VideoSource:
-    path = os.fsdecode(path)
-    if path.startswith("data:"):
-        return _from_url(path)
-    if not os.path.exists(path):
-        raise VideoDecodeError(f"{_short(path)}: no such file or directory")
+def encoded_video(video):
+    """
+    The file of a row of a `datasets` Video column, which is `{"bytes", "path"}` or torchcodec's decoder for it.
+
+    Returns:
+        A path, or a `VideoSource` of the bytes; any other video unchanged, and a decoder without a file here.
+    """
+    row = video if isinstance(video, Mapping) else getattr(video, "_hf_encoded", None)
+    if not isinstance(row, Mapping) or not {"bytes", "path"} <= row.keys():
+        return video
+    data, path = row.get("bytes"), row.get("path")
+    if data is not None:
+        source = VideoSource(short(path) if path else f"<{len(data)} bytes>", data=bytes(data))
+        if not data:
+            raise VideoDecodeError(f"{source.name}: the file is empty")
+        return source
+    if row is not video and not (isinstance(path, str) and os.path.exists(path)):
+        return video
+    if path is None:
+        raise VideoDecodeError("a row of a Video column has neither bytes nor a path")
+    return path
+
+
+def _from_name(name, allow, limits: Limits, progress) -> VideoSource:
+    """A path or a URL."""
+    if isinstance(name, str) and ("://" in name[:16] or name.startswith("data:")):
+        parts = urlsplit(name)
+        if parts.scheme == "data":
+            return _from_data_url(name)
+        if parts.scheme in ("http", "https"):
+            shown, suffix = short(re.sub("//[^/]*@", "//", name)), os.path.splitext(parts.path)[1]  # no passwords
+            spool, address = download(name, shown, suffix, limits, progress)
+            return _as_allowed(VideoSource(shown, spool=spool), address, allow, limits, progress)
+        if parts.scheme != "file":
+            raise VideoDecodeError(
+                f'{short(name)}: URLs of scheme "{parts.scheme}" are not supported; use http, https or file'
+            )
+        if parts.netloc not in ("", "localhost"):
+            raise VideoDecodeError(f"{short(name)}: a file URL has three slashes, or names another machine")
+        name = url2pathname(parts.path)
+    path = os.fsdecode(name)
+    if "file" not in allow:
+        raise VideoDecodeError(f"{short(path)}: local files are not allowed here")
+    source = _from_path(path, limits, progress)
+    return _as_allowed(source, source.path, allow, limits, progress)
+
+
+def _as_allowed(source: VideoSource, address: str | None, allow, limits: Limits, progress) -> VideoSource:
+    """The source, or the video whose pieces it names."""
+    if "playlist" not in allow or address is None or source.is_directory or not is_playlist(source.head(64)):
+        return source
+    opened = source.open()
+    with source, open(opened, "rb") if isinstance(opened, str) else opened as file:
+        content = iter(lambda: file.read(BLOCK), b"")
+        return VideoSource(source.name, spool=read_playlist(content, address, source.name, limits, progress))
+
+
+def _from_path(path: str, limits: Limits, progress) -> VideoSource:
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        missing = isinstance(error, (FileNotFoundError, NotADirectoryError, ValueError))
+        reason = "no such file or directory" if missing else (getattr(error, "strerror", None) or one_line(error))
+        raise VideoDecodeError(f"{short(path)}: {reason}") from None
     if not os.access(path, os.R_OK):
-        raise VideoDecodeError(f"{path}: permission denied")
+        raise VideoDecodeError(f"{short(path)}: permission denied")
+    if stat.S_ISFIFO(mode):
+        return VideoSource(path, spool=read_pipe(path, path, limits, progress))
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise VideoDecodeError(f"{short(path)}: neither a file nor a folder nor a pipe, but a device or a socket")
     # Absolute, so that FFmpeg does not take a colon in the name for a protocol.
     return VideoSource(path, path=os.path.abspath(path))
 
 
-def _from_file_object(file) -> VideoSource:
-    name = _short(str(getattr(file, "name", f"<{type(file).__name__}>")))
+def _from_file_object(file, limits: Limits, progress) -> VideoSource:
+    name = short(str(getattr(file, "name", f"<{type(file).__name__}>")))
     try:
         seekable = file.seekable() if hasattr(file, "seekable") else hasattr(file, "seek")
-        if seekable:
-            file.seek(0)
-        data = file.read(0) if seekable else file.read()
+        if not seekable:
+            return VideoSource(name, spool=read_file_object(file, name, limits, progress))
+        file.seek(0)
+        data = file.read(0)
+    except VideoDecodeError:
+        raise
     except (OSError, ValueError, TypeError) as error:
         raise VideoDecodeError(f"{name}: the file object cannot be read ({error})") from None
     if not isinstance(data, bytes):
         raise VideoDecodeError(f'{name}: the file object returns text; open the file with mode "rb"')
-    return VideoSource(name, file=file) if seekable else VideoSource(name, data=data)
+    return VideoSource(name, file=file)
 
 
-def _from_url(url: str) -> VideoSource:
-    name = _short(url)
-    parts = urlsplit(url)
-    if parts.scheme == "file":
-        return _from_path(url2pathname(parts.path))
-    if parts.scheme == "data":
-        try:
-            with urlopen(url) as response:
-                return VideoSource(name, data=response.read())
-        except (ValueError, OSError) as error:
-            raise VideoDecodeError(f"{name}: not a valid data URL ({error})") from None
-    if parts.scheme not in ("http", "https"):
-        raise VideoDecodeError(f'{name}: URLs of scheme "{parts.scheme}" are not supported; use http, https or file')
-    return _download(url, name, os.path.splitext(parts.path)[1])
-
-
-def _download(url: str, name: str, suffix: str) -> VideoSource:
-    """Downloads to a temporary file: seeking is cheap there, and a long video never has to fit in memory."""
+def _from_data_url(url: str) -> VideoSource:
+    name = short(url)
     try:
-        from huggingface_hub.utils import httpx  # the client that transformers itself uses
-    except ImportError:
-        import httpx  # type: ignore[no-redef]
-    file = tempfile.NamedTemporaryFile(suffix=suffix[:8], delete=False)
-    source = VideoSource(name, path=file.name, temporary=True)
-    try:
-        timeout = httpx.Timeout(READ_TIMEOUT, connect=CONNECT_TIMEOUT)
-        with file, httpx.stream("GET", url, follow_redirects=True, timeout=timeout) as response:
-            response.raise_for_status()
-            for block in response.iter_bytes():
-                file.write(block)
-    except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
-        source.close()
-        status = getattr(getattr(error, "response", None), "status_code", None)
-        reason = f"the server answered {status}" if status else _one_line(error)
-        raise VideoDecodeError(f"{name}: cannot be downloaded ({reason})") from None
-    except BaseException:
-        source.close()
-        raise
-    return source
-
-
-def list_frame_files(source: VideoSource) -> list[str]:
-    """The images of a folder in natural order (frame_2 before frame_10)."""
-    names = [name for name in os.listdir(source.path) if name.lower().endswith(IMAGE_SUFFIXES) and name[0] != "."]
-    if not names:
-        raise VideoDecodeError(
-            f"{source.name}: the folder contains no images (files such as {', '.join(IMAGE_SUFFIXES[:3])})"
-        )
-    # Split at numbers: every second part is a number.
-    names.sort(key=lambda name: [int(p) if i % 2 else p for i, p in enumerate(re.split("([0-9]+)", name))])
-    return [os.path.join(source.path, name) for name in names]
-
-
-def read_picture(path: str, name: str | None = None) -> np.ndarray:
-    """An image file as RGB uint8 `(H, W, 3)`, rotated upright by its EXIF tag; alpha is dropped."""
-    try:
-        with Image.open(path) as image:
-            return picture_to_rgb(ImageOps.exif_transpose(image))
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-        reason = "not an image file" if isinstance(error, UnidentifiedImageError) else _one_line(error)
-        raise VideoDecodeError(f"{name or path}: {reason}") from None
-
-
-def picture_to_rgb(image: Image.Image) -> np.ndarray:
-    """A Pillow image of any mode as RGB uint8 `(H, W, 3)`; alpha is dropped, as video decoders do."""
-    if image.mode.startswith("I;16"):  # convert("RGB") would clip 16-bit grey at 255
-        grey = (np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8)
-        return np.repeat(grey[:, :, None], 3, axis=2)
-    return np.array(image.convert("RGB"))
-
-
-def _short(name: str, limit: int = 200) -> str:
-    name = " ".join(name.split())
-    return name if len(name) <= limit else name[: limit - 3] + "..."
-
-
-def _one_line(error: BaseException) -> str:
-    return _short(str(error) or type(error).__name__)
+        with urlopen(url) as response:
+            return VideoSource(name, data=response.read())
+    except (ValueError, OSError) as error:
+        raise VideoDecodeError(f"{name}: not a valid data URL ({one_line(error)})") from None

@@ -50,6 +50,12 @@ class DataArguments:
         default=None, metadata={"help": "Frames taken per second instead; must match extraction."}
     )
     max_frames: int | None = field(default=None, metadata={"help": "Maximum number of frames; must match extraction."})
+    video_start: float | None = field(
+        default=None, metadata={"help": "Take frames from this second of each video on only; must match extraction."}
+    )
+    video_end: float | None = field(
+        default=None, metadata={"help": "Take frames before this second only; must match extraction."}
+    )
     max_length: int | None = field(
         default=2048, metadata={"help": "Maximum length of a row in tokens, including its videos."}
     )
@@ -61,8 +67,8 @@ class DataArguments:
     @property
     def video_options(self) -> dict[str, Any]:
         """The options of the video processor that were given."""
-        options = {"num_frames": self.num_frames, "fps": self.fps, "max_frames": self.max_frames}
-        return {name: value for name, value in options.items() if value is not None}
+        names = ("num_frames", "fps", "max_frames", "video_start", "video_end")
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
 
 
 @dataclass

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from jinja2 import TemplateError
 from transformers.utils import logging
 
+from longvlm.modeling_longvlm.plain_numbers import whole_number
 from longvlm.processing.chat_templates_longvlm import CHAT_TEMPLATES
 from longvlm.processing.processing_longvlm import VIDEO_TOKENS, assistant_masks
 from longvlm.processing.text_escaping import ESCAPE_MARK
@@ -64,6 +65,8 @@ def encode_chat(
         raise ValueError(
             f"training needs the offsets of a fast tokenizer; {type(processor.tokenizer).__name__} is not one"
         )
+    if max_length is not None:
+        max_length = whole_number("max_length", max_length, 1)
     messages = without_videos(messages)
     template = _template_text(processor, chat_template)
     has_empty_answer = any(m["role"] == "assistant" and not m["content"].strip() for m in messages)
@@ -75,7 +78,7 @@ def encode_chat(
                 tokenize=True,
                 return_dict=True,
                 return_assistant_tokens_mask=True,
-                num_video_tokens=list(token_counts),
+                video_token_counts=list(token_counts),
             )
         ids, mask = encoded["input_ids"][0], encoded["assistant_masks"][0]
     else:
@@ -83,7 +86,7 @@ def encode_chat(
             text, spans = _render(processor, messages, template)
         encoded = processor(
             [text],
-            num_video_tokens=list(token_counts),
+            video_token_counts=list(token_counts),
             return_offsets_mapping=True,
             return_text_replacement_offsets=True,
         )

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from longvlm.modeling_longvlm.modeling_longvlm import LongVLMVideoFeatures
+from longvlm.modeling_longvlm.plain_numbers import whole_number
 from longvlm.training.chat_encoding import IGNORED, encode_chat, pad
-from longvlm.training.formats import BadRow, as_messages, videos_in
+from longvlm.training.formats import BadRow, as_messages
 
 
 class LongVLMDataCollator:
@@ -47,6 +48,8 @@ class LongVLMDataCollator:
         self.max_length = max_length
         self.truncation = truncation
         self.chat_template = chat_template
+        if pad_to_multiple_of is not None:
+            pad_to_multiple_of = whole_number("pad_to_multiple_of", pad_to_multiple_of, 1)
         self.pad_to_multiple_of = pad_to_multiple_of
         self.video_options = dict(video_options or {})
 
@@ -69,7 +72,7 @@ class LongVLMDataCollator:
             as_messages(example) if "video_features" not in example else example["messages"] for example in examples
         ]
         features = [list(example.get("video_features") or []) for example in examples]
-        videos = [[] if features[i] else videos_in(chat) for i, chat in enumerate(chats)]
+        videos = [[] if features[i] else self.processor.take_videos(chat)[1] for i, chat in enumerate(chats)]
         if any(features) and any(videos):
             raise ValueError("a batch mixes features and videos; extract the features of all videos")
         batch_of_videos, counts = self._encode_features(features) if any(features) else self._encode_videos(videos)
@@ -100,10 +103,15 @@ class LongVLMDataCollator:
 
     def _encode_videos(self, videos: list[list]) -> tuple[dict[str, Tensor], list[list[int]]]:
         """-> the model's inputs for raw videos, and for each row the tokens of each of its videos."""
-        flat = [video for row in videos for video in row]
+        flat = [part for row in videos for part in row]
         if not flat:
             return {}, [[] for _ in videos]
-        encoded = self.processor.video_processor(flat, return_tensors="pt", **self.video_options)
+        encoded = self.processor.video_processor(
+            [part.video for part in flat],
+            video_options=[part.options for part in flat],
+            return_tensors="pt",
+            **self.video_options,
+        )
         frames = iter(encoded["num_frames"].tolist())
         counts = [[self.processor.num_video_tokens(next(frames)) for _ in row] for row in videos]
         return {name: encoded[name] for name in ("pixel_values_videos", "num_frames")}, counts

@@ -21,15 +21,18 @@ from torch.utils.data import Dataset
 
 from longvlm.features.failures import read_failed
 from longvlm.features.store import FeatureReader
-from longvlm.features.videos import VIDEO_SUFFIXES
+from longvlm.features.videos import VIDEO_SUFFIXES, window_name
 from longvlm.files import atomic_write, read_json
-from longvlm.processing.video_decoding import probe_video
+from longvlm.modeling_longvlm.pipeline_inputs_longvlm import without_decoding
+from longvlm.modeling_longvlm.plain_numbers import real_number
+from longvlm.processing.video_sources import VideoSource, encoded_video
 from longvlm.training.chat_encoding import encode_chat
 from longvlm.training.formats import BadRow, as_messages, videos_in, without_videos
 
 # The released code's data files name feature files where others name videos.
 FEATURE_SUFFIXES = (".pkl",)
 MAX_WEIGHT = 1000  # of a source; its rows are listed so many times
+WINDOW = ("video_start", "video_end")
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,24 @@ class Chat:
     length: int
 
 
+@dataclass(frozen=True)
+class VideoInRow:
+    """A video whose bytes stay in the table that its row comes from, until they are needed.
+
+    Attributes:
+        table: a `datasets.Dataset`.
+        row: number of the row.
+        place: which of the row's videos it is.
+    """
+
+    table: Any
+    row: int
+    place: int
+
+    def read(self) -> Any:
+        return videos_in(as_messages(self.table[self.row], self.row))[self.place]
+
+
 class VideoChatDataset(Dataset):
     """
     Chats for `LongVLMDataCollator`. Items have `messages` and `where`; with features also `video_features`, a list of
@@ -101,7 +122,7 @@ class VideoChatDataset(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         chat = self.chats[index]
-        item: dict[str, Any] = {"messages": chat.messages, "where": chat.where}
+        item: dict[str, Any] = {"messages": _with_videos(chat.messages), "where": chat.where}
         if chat.features:
             item["video_features"] = [self.readers[reader][name].as_video_features() for reader, name in chat.features]
         return item
@@ -143,8 +164,8 @@ def build_dataset(
     Raises:
         ValueError: a source cannot be read at all, or no row is left.
     """
-    weights = [1.0] * len(sources) if weights is None else list(weights)
-    if len(weights) != len(sources) or not all(0 <= weight <= MAX_WEIGHT for weight in weights):
+    weights = [1.0] * len(sources) if weights is None else [real_number("weights", weight, 0) for weight in weights]
+    if len(weights) != len(sources) or max(weights, default=0) > MAX_WEIGHT:
         raise ValueError(
             f"{len(weights)} weights for {len(sources)} sources ({weights}); each needs one, from 0 to {MAX_WEIGHT}"
         )
@@ -152,12 +173,17 @@ def build_dataset(
         one if isinstance(one, FeatureReader) else FeatureReader(one, num_global_layers=processor.num_global_tokens)
         for one in features
     ]
-    finder = _Features(readers, processor) if readers else _Videos(video_folders, processor, video_options)
+    # Options that no video can have are an error now, not the fault of every row.
+    processor.video_processor.check_options(**(video_options or {}))
+    if readers:
+        finder: _Features | _Videos = _Features(readers, processor, video_options)
+    else:
+        finder = _Videos(video_folders, processor, video_options)
     report, chosen = DataReport(), []
     rng = random.Random(seed)
     for source, weight in zip(sources, weights, strict=True):
         chats = []
-        rows, total = _open_source(source)
+        rows, total, table = _open_source(source)
         for number, (where, row) in enumerate(rows):
             if progress is not None and number and total:
                 progress("check rows", number, total)
@@ -166,6 +192,8 @@ def build_dataset(
                     raise row
                 messages = as_messages(row, number)
                 messages, names, counts = finder.find(messages)
+                if table is not None:
+                    messages = _leave_in_rows(messages, table, number)
                 chat = encode_chat(
                     processor,
                     messages,
@@ -203,10 +231,12 @@ def read_rows(source: Any) -> Iterator[tuple[str, Any]]:
     yield from _open_source(source)[0]
 
 
-def _open_source(source: Any) -> tuple[Iterator[tuple[str, Any]], int]:
-    """-> rows as in `read_rows`, and how many there are; 0: not known."""
+def _open_source(source: Any) -> tuple[Iterator[tuple[str, Any]], int, Any]:
+    """-> rows as in `read_rows`; how many there are, 0: not known; the `datasets.Dataset`, if they are in one."""
     if not isinstance(source, (str, Path)):
-        return _named("rows", source), len(source) if isinstance(source, Sized) else 0
+        source = without_decoding(source)
+        total = len(source) if isinstance(source, Sized) else 0
+        return _named("rows", source), total, source if total and hasattr(source, "features") else None
     path = Path(source)
     suffix = path.suffix.lower()
     if suffix in (".json", ".jsonl", ".parquet") and not path.is_file():
@@ -214,7 +244,7 @@ def _open_source(source: Any) -> tuple[Iterator[tuple[str, Any]], int]:
     if suffix == ".jsonl":
         with open(path, "rb") as lines:
             total = sum(bool(line.strip()) for line in lines)
-        return _read_lines(path), total
+        return _read_lines(path), total, None
     if suffix == ".json":
         try:
             rows = read_json(path)
@@ -222,9 +252,9 @@ def _open_source(source: Any) -> tuple[Iterator[tuple[str, Any]], int]:
             raise ValueError(f"{error}; a file of one object per line must be .jsonl") from None
         if not isinstance(rows, list):
             raise ValueError(f"{path} must hold a list of rows, not {type(rows).__name__}")
-    else:
-        rows = _load_with_datasets(source, path)
-    return _named(path.name, rows), len(rows)
+        return _named(path.name, rows), len(rows), None
+    table = without_decoding(_load_with_datasets(source, path))
+    return _named(path.name, table), len(table), table
 
 
 def _named(name: str, rows: Iterable) -> Iterator[tuple[str, Any]]:
@@ -261,6 +291,39 @@ def _load_with_datasets(source: Any, path: Path) -> Any:
     return loaded
 
 
+# --- videos that are in the rows ---
+
+
+def _leave_in_rows(messages: list[dict], table: Any, row: int) -> list[dict]:
+    """The chat without the bytes of its videos: those of a whole data set would not fit in memory."""
+    places = iter(range(len(videos_in(messages))))
+
+    def leave(part: dict) -> dict:
+        place = next(places)
+        # A path stays, and so does the empty place of a video whose features are there.
+        is_here = not isinstance(part.get("video", ""), str)
+        return {**part, "video": VideoInRow(table, row, place)} if is_here else part
+
+    return _map_videos(messages, leave)
+
+
+def _with_videos(messages: list[dict]) -> list[dict]:
+    def read(part: dict) -> dict:
+        video = part.get("video")
+        return {**part, "video": video.read()} if isinstance(video, VideoInRow) else part
+
+    return _map_videos(messages, read)
+
+
+def _map_videos(messages: list[dict], change: Callable[[dict], dict]) -> list[dict]:
+    return [
+        message
+        if isinstance(message["content"], str)
+        else {**message, "content": [change(p) if p["type"] == "video" else p for p in message["content"]]}
+        for message in messages
+    ]
+
+
 # --- finding videos ---
 
 
@@ -273,16 +336,12 @@ class _Videos:
             if not folder.is_dir():
                 raise ValueError(f"the video folder {folder} does not exist")
         self.processor = processor
-        self.options = {
-            k: v for k, v in dict(options or {}).items() if k in ("num_frames", "fps", "max_frames", "short_video")
-        }
-        # Options that no video can have are an error now, not the fault of every row.
-        self._sample({"total_num_frames": 1000, "fps": 25.0})
-        self._known: dict[str, tuple[str, int] | BadRow] = {}
+        self.options = dict(options or {})
+        self._known: dict[tuple[str, str], tuple[str, int] | BadRow] = {}
 
     def find(self, messages: list[dict]) -> tuple[list[dict], tuple, list[int]]:
         """-> the chat with the paths of the files, no names of features, and the tokens of each video."""
-        found = [self._find(video) for video in videos_in(messages)]
+        found = [self._find(part.video, part.options) for part in _video_parts(self.processor, messages)]
         videos = iter(video for video, _ in found)
         counts = [self.processor.num_video_tokens(frames) for _, frames in found]
         for message in messages:
@@ -292,17 +351,19 @@ class _Videos:
                         part["video"] = next(videos)
         return messages, (), counts
 
-    def _find(self, video: Any) -> tuple[Any, int]:
+    def _find(self, video: Any, options: Mapping[str, Any]) -> tuple[Any, int]:
+        video = _file_of(video)
         if not isinstance(video, (str, Path, int)):
-            return video, self._count(video)
+            return video, self._count(video, options)
         name = str(video)  # some data sets have numbers for names
-        if name not in self._known:
+        key = name, repr(sorted(options.items()))
+        if key not in self._known:
             try:
                 path = name if "://" in name[:16] or name.startswith("data:") else self._locate(name)
-                self._known[name] = path, self._count(path)
+                self._known[key] = path, self._count(path, options)
             except BadRow as error:
-                self._known[name] = error
-        known = self._known[name]
+                self._known[key] = error
+        known = self._known[key]
         if isinstance(known, BadRow):
             raise BadRow(known.kind, str(known))
         return known
@@ -317,45 +378,52 @@ class _Videos:
         where = " or ".join(map(str, self.folders)) or "the working directory"
         raise BadRow("missing video", f'the video "{name}" is not in {where}')
 
-    def _count(self, video: Any) -> int:
-        if not isinstance(video, (str, Path, bytes)) and not hasattr(video, "read"):
-            shape = getattr(video, "shape", None)
-            if shape is None and not isinstance(video, (list, tuple)):
-                raise BadRow(
-                    "broken video",
-                    f"a {type(video).__name__} is not a video; give a file, its bytes, an array or a list of frames",
-                )
-            metadata: Mapping = {"total_num_frames": shape[0] if shape is not None else len(video)}
-        else:
-            try:
-                metadata = probe_video(video)
-            except (ValueError, OSError) as error:
-                raise BadRow("broken video", " ".join(str(error).split())) from None
+    def _count(self, video: Any, options: Mapping[str, Any]) -> int:
         try:
-            return self._sample(metadata)
-        except ValueError as error:
-            raise BadRow("broken video", str(error)) from None
+            return self.processor.video_processor.count_frames(video, video_options=options, **self.options)
+        except (ValueError, OSError) as error:
+            raise BadRow("broken video", " ".join(str(error).split())) from None
 
-    def _sample(self, metadata: Mapping) -> int:
-        return len(self.processor.video_processor.sample_frames(metadata, **self.options))
+
+def _file_of(video: Any) -> Any:
+    try:
+        return encoded_video(video)
+    except ValueError as error:
+        raise BadRow("missing video", str(error)) from None
+
+
+def _video_parts(processor, messages: list[dict]) -> list:
+    """The videos of a chat, each with its options."""
+    try:
+        return processor.take_videos(messages)[1]
+    except ValueError as error:
+        raise BadRow("unknown option", str(error)) from None
 
 
 class _Features:
     """Finds the features of a video that a row names."""
 
-    def __init__(self, readers: Sequence[FeatureReader], processor):
+    def __init__(self, readers: Sequence[FeatureReader], processor, options: Mapping[str, Any] | None):
         self.readers = readers
         self.processor = processor
+        self.window = {name: (options or {}).get(name) for name in WINDOW}
         self.failed = {name: reason for reader in readers for name, reason in read_failed(reader.folder).items()}
         self.folders = {Path(name).parent.as_posix() for reader in readers for name in reader}
 
     def find(self, messages: list[dict]) -> tuple[list[dict], tuple, list[int]]:
         """-> the chat with empty places for its videos, the names of their features, and the tokens of each."""
-        names = tuple(self._find(video) for video in videos_in(messages))
+        names = tuple(self._find(part.video, part.options) for part in _video_parts(self.processor, messages))
         counts = [self.processor.total_video_tokens(self.readers[i].num_local_tokens(name)) for i, name in names]
         return without_videos(messages), names, counts
 
-    def _find(self, video: Any) -> tuple[int, str]:
+    def _find(self, video: Any, options: Mapping[str, Any]) -> tuple[int, str]:
+        others = [option for option in options if option not in WINDOW]
+        if others:
+            raise BadRow("unknown option", f"{', '.join(others)} of a video cannot be applied to extracted features")
+        window = {**self.window, **options}
+        video = _file_of(video)
+        if isinstance(video, VideoSource):
+            video = video.name
         if not isinstance(video, (str, Path, int)):
             raise BadRow("missing video", f"features are found by name, but the row has a {type(video).__name__}")
         name = Path(str(video))
@@ -363,15 +431,18 @@ class _Features:
         for start in range(len(name.parts)):
             rest = Path(*name.parts[start:])
             for below in (rest.as_posix(), (rest.with_suffix("") if rest.suffix else rest).as_posix()):
+                stored = window_name(below, **window)
                 for number, reader in enumerate(self.readers):
-                    if below in reader:
-                        return number, below
-                if below in self.failed:
-                    raise BadRow("missing video", f'the video "{name}" could not be extracted: {self.failed[below]}')
+                    if stored in reader:
+                        return number, stored
+                if stored in self.failed:
+                    raise BadRow("missing video", f'the video "{name}" could not be extracted: {self.failed[stored]}')
             if rest.parent.as_posix() in self.folders:
                 break  # else `more/v` would be taken for `v`
         folders = " or ".join(str(reader.folder) for reader in self.readers)
-        raise BadRow("missing video", f'there are no features of the video "{name}" in {folders}')
+        raise BadRow(
+            "missing video", f'there are no features of the video "{window_name(str(name), **window)}" in {folders}'
+        )
 
 
 __all__ = ["Chat", "DataReport", "DroppedRow", "VideoChatDataset", "build_dataset", "read_rows"]

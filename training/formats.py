@@ -19,6 +19,7 @@ ROLES = {
     "system": "system",
 }
 VIDEO_KEYS = ("video", "videos", "video_id", "video_name", "video_path")
+VIDEO_PART_KEYS = ("video", "path", "url")
 
 
 class BadRow(ValueError):
@@ -39,8 +40,9 @@ def as_messages(row: Any, number: int = 0) -> list[dict]:
             even and after it otherwise, as in the released code.
 
     Returns:
-        Messages. The content of a user's turn with videos is a list of parts, any other content a string. Assistant
-        turns before the first user turn are left out, as in the released code.
+        Messages. The content of a user's turn with videos is a list of parts, any other content a string. Video parts
+        keep their options (`"num_frames": 50`), which the processor checks. Assistant turns before the first user turn
+        are left out, as in the released code.
 
     Raises:
         BadRow: the row has no known form or no answer, or not as many videos as places for them.
@@ -107,11 +109,16 @@ def _two_turns(question: str, answer: str) -> list[dict]:
 
 def _videos_of(row: Mapping) -> list[Any]:
     """Videos given next to the text of a row."""
-    value = next((row[key] for key in VIDEO_KEYS if row.get(key) not in (None, "", [])), None)
+    value = next((row[key] for key in VIDEO_KEYS if not _is_empty(row.get(key))), None)
     if value is None:
         return []
     # A list of pictures is one video only within a list of videos.
     return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _is_empty(value: Any) -> bool:
+    """Not `in (None, "", [])`: an array cannot be compared with them."""
+    return value is None or (isinstance(value, (str, list, tuple)) and not value)
 
 
 def _a_list(value: Any, name: str) -> list:
@@ -152,8 +159,10 @@ def _read_part(part: Any) -> dict:
     if kind == "text":
         return {"type": "text", "text": _text(part.get("text"), "text")}
     if kind == "video":
-        value = next((part[key] for key in ("video", "path", "url") if part.get(key) is not None), None)
-        return {"type": "video"} if value is None else {"type": "video", "video": value}
+        value = next((part[key] for key in VIDEO_PART_KEYS if part.get(key) is not None), None)
+        # Options of the video processor; tables have all keys in all rows, with None for those that a row lacks.
+        options = {k: v for k, v in part.items() if k not in ("type", *VIDEO_PART_KEYS) and v is not None}
+        return {"type": "video", **options} if value is None else {"type": "video", "video": value, **options}
     raise BadRow("unknown form", f'a part has the type {kind!r}; use "text" or "video"')
 
 

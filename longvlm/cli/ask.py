@@ -12,6 +12,8 @@ from longvlm_cli.options import (
     Device,
     Dtype,
     Fps,
+    MaxDownloadBytes,
+    MaxDownloadSeconds,
     MaxFrames,
     Model,
     ModelDtype,
@@ -19,9 +21,12 @@ from longvlm_cli.options import (
     Progress,
     Quiet,
     Video,
+    VideoEnd,
+    VideoStart,
+    VideoStream,
     check_exists,
-    check_sampling,
     load_engine,
+    opened,
     video_options,
 )
 
@@ -38,6 +43,11 @@ def ask_command(
     num_frames: NumFrames = None,
     fps: Fps = None,
     max_frames: MaxFrames = None,
+    video_start: VideoStart = None,
+    video_end: VideoEnd = None,
+    video_stream: VideoStream = None,
+    max_download_bytes: MaxDownloadBytes = None,
+    max_download_seconds: MaxDownloadSeconds = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum length of an answer, in tokens.")] = 256,
     temperature: Annotated[float, typer.Option(min=0, help="0: the likeliest answer; above 0: sampled.")] = 0.0,
     top_p: Annotated[
@@ -55,7 +65,14 @@ def ask_command(
     """Ask questions about a video. The answers go to stdout."""
     if as_json and stream:
         raise ValueError("`as_json` and `stream` exclude each other; give one of them")
-    options = video_options(num_frames, fps, max_frames)
+    options = video_options(
+        num_frames=num_frames,
+        fps=fps,
+        max_frames=max_frames,
+        video_start=video_start,
+        video_end=video_end,
+        video_stream=video_stream,
+    )
     if stream and num_beams > 1:
         raise ValueError(f"`stream` cannot be combined with `num_beams` {num_beams}: a beam search decides at the end")
     if top_p is not None and temperature == 0:
@@ -66,32 +83,35 @@ def ask_command(
     if temperature > 0:
         generation |= {"do_sample": True, "temperature": temperature, "top_p": 1.0 if top_p is None else top_p}
     engine = load_engine(model, quiet=quiet, dtype=dtype.value, device=device)
-    check_sampling(options, engine)
+    engine.processor.video_processor.check_options(**options)
     untrained = getattr(engine.model.config, "untrained_parts", None)
     if untrained:
         parts = " and ".join(part.replace("_", " ") for part in untrained)
         print(f"longvlm: warning: untrained: {parts}. The answers say nothing about the video.", file=sys.stderr)
     _set_seed(seed)
-    for answer in answer_questions(
-        engine,
-        video,
-        _read_questions(questions),
-        video_options=options,
-        system=system,
-        generation=generation,
-        stream_to=sys.stdout if stream else None,
-        quiet=quiet,
-    ):
-        if as_json:
-            print(json.dumps(answer | ({"untrained_parts": untrained} if untrained else {}), ensure_ascii=False))
-        elif not stream:
-            print(answer["answer"])
-        sys.stdout.flush()
+    with opened(engine, video, max_download_bytes, max_download_seconds, quiet=quiet) as source:
+        answers = answer_questions(
+            engine,
+            source,
+            _read_questions(questions),
+            video_options=options,
+            system=system,
+            generation=generation,
+            stream_to=sys.stdout if stream else None,
+            quiet=quiet,
+        )
+        for answer in answers:
+            if as_json:
+                answer = answer | {"video": video} | ({"untrained_parts": untrained} if untrained else {})
+                print(json.dumps(answer, ensure_ascii=False))
+            elif not stream:
+                print(answer["answer"])
+            sys.stdout.flush()
 
 
 def answer_questions(
     engine,
-    video: str,
+    video,
     questions: Iterable[str],
     *,
     video_options: dict[str, Any],
@@ -101,6 +121,8 @@ def answer_questions(
     quiet: bool,
 ) -> Iterator[dict[str, Any]]:
     """Yields each answer with what `--json` prints about it; `stream_to` gets the text while it is generated.
+
+    `video` was opened before, so that questions share a download.
 
     Raises:
         VideoDecodeError, ValueError, OSError: one line about what the user can change.
@@ -130,7 +152,7 @@ def answer_questions(
         seconds = round(time.perf_counter() - start, 3)
         if guard.repeats_itself():
             print("longvlm: warning: the answer is one token repeated; is the model trained?", file=sys.stderr)
-        answer = {"video": video, "question": question, "answer": text, "seconds": seconds}
+        answer = {"video": video.name, "question": question, "answer": text, "seconds": seconds}
         # The number is not known if the features came from the cache.
         yield answer | ({"frames": bars.totals["encode"]} if "encode" in bars.totals else {})
     if not asked:

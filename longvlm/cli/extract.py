@@ -15,7 +15,9 @@ from longvlm_cli.options import (
     NumFrames,
     Progress,
     Quiet,
-    check_sampling,
+    VideoEnd,
+    VideoStart,
+    VideoStream,
     load_engine,
     video_options,
 )
@@ -28,12 +30,22 @@ def extract_command(
     num_frames: NumFrames = None,
     fps: Fps = None,
     max_frames: MaxFrames = None,
+    video_start: VideoStart = None,
+    video_end: VideoEnd = None,
+    video_stream: VideoStream = None,
     dtype: ModelDtype = Dtype.auto,
     shard_size: Annotated[int, typer.Option(min=1, help="Maximum size of a shard, in MB.")] = 64,
     quiet: Quiet = False,
 ) -> None:
     """Encode many videos once, for training. `accelerate launch -m longvlm extract ...` uses several processes."""
-    options = video_options(num_frames, fps, max_frames)
+    options = video_options(
+        num_frames=num_frames,
+        fps=fps,
+        max_frames=max_frames,
+        video_start=video_start,
+        video_end=video_end,
+        video_stream=video_stream,
+    )
     import torch
     from accelerate import PartialState
 
@@ -41,7 +53,6 @@ def extract_command(
 
     state = PartialState(cpu=not torch.accelerator.is_available())
     engine = load_engine(model, dtype=dtype.value, device=state.device)
-    check_sampling(options, engine)
     report = extract_features(
         videos,
         out,

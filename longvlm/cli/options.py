@@ -6,9 +6,11 @@ Nothing here imports torch or transformers at the top: help must appear at once.
 import signal
 import sys
 import warnings
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, TextIO
+from urllib.parse import urlsplit
 
 import typer
 from tqdm import tqdm
@@ -67,31 +69,43 @@ Model = Annotated[
         help="Checkpoint folder or Hub id. Default: longvlm-tiny, which knows only Storyline's synthetic videos.",
     ),
 ]
-Video = Annotated[str, typer.Argument(metavar="VIDEO", help="A file, a URL, or a folder of images.")]
+Video = Annotated[str, typer.Argument(metavar="VIDEO", help="A file, a URL, a pipe, or a folder of images.")]
 ModelDtype = Annotated[Dtype, typer.Option(help="Dtype of the model; auto: as it was saved.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps... Default: the accelerator, if any.")]
 NumFrames = Annotated[int | None, typer.Option(min=1, help="Number of frames taken from the video.")]
 Fps = Annotated[float | None, typer.Option(help="Frames taken per second of video, instead of --num-frames.")]
 MaxFrames = Annotated[int | None, typer.Option(min=1, help="Maximum number of frames with --fps.")]
+MaxDownloadBytes = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="Limit of a download or a pipe, in bytes. Default: LONGVLM_MAX_DOWNLOAD_BYTES, or 8 GiB."
+    ),
+]
+MaxDownloadSeconds = Annotated[
+    float | None,
+    typer.Option(help="Limit of its time, in seconds. Default: LONGVLM_MAX_DOWNLOAD_SECONDS, or 1800."),
+]
+VideoStart = Annotated[
+    float | None, typer.Option(min=0, help="Take frames from here on only, in seconds from the first frame.")
+]
+VideoEnd = Annotated[float | None, typer.Option(min=0, help="Take frames before this time only, in seconds.")]
+VideoStream = Annotated[
+    int | None,
+    typer.Option(min=0, help="Number of the video stream in a file with several. Default: the file's own."),
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the contents of --out.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress. Warnings are still shown.")]
 WeightsDtype = Annotated[Dtype, typer.Option(help="Dtype of the written weights; auto: each as in its source.")]
 
 
-def video_options(num_frames: int | None, fps: float | None, max_frames: int | None) -> dict[str, Any]:
-    """Options of the video processor, as far as they were given."""
-    if num_frames is not None and fps is not None:
-        raise ValueError(f"`num_frames` {num_frames} and `fps` {fps} exclude each other; give one of them")
-    options = {"num_frames": num_frames, "fps": fps, "max_frames": max_frames}
-    return {name: value for name, value in options.items() if value is not None}
-
-
-def check_sampling(options: dict[str, Any], engine) -> None:
-    """Refuses a maximum number of frames that would be ignored."""
-    if "max_frames" in options and "fps" not in options and engine.processor.video_processor.fps is None:
+def video_options(**options: Any) -> dict[str, Any]:
+    """Options of the video processor, as far as they were given. It checks them; what never fits is said at once."""
+    options = {name: value for name, value in options.items() if value is not None}
+    if "num_frames" in options and "fps" in options:
         raise ValueError(
-            f"`max_frames` {options['max_frames']} needs `fps`; to choose the number of frames, give `num_frames`"
+            f"`num_frames` {options['num_frames']} and `fps` {options['fps']} exclude each other; give one of them"
         )
+    return options
 
 
 def load_engine(model: str | None, *, quiet: bool = True, **options: Any):
@@ -124,6 +138,20 @@ def check_exists(video: str) -> None:
     """Refuses a path that does not exist before spending seconds on imports."""
     if "://" not in video and not video.startswith("data:") and len(video) < 4096 and not Path(video).exists():
         raise ValueError(f"{video}: no such file or directory")
+
+
+@contextmanager
+def opened(engine, video: str, max_bytes: int | None, max_seconds: float | None, *, quiet: bool = False):
+    """The video, downloaded once however often it is read. One that is a playlist by name is put together."""
+    bars = Progress(disable=quiet)
+    options = {"max_download_bytes": max_bytes, "max_download_seconds": max_seconds, "progress": bars}
+    allow = {"file", "playlist"} if urlsplit(video).path.lower().endswith((".m3u8", ".m3u")) else {"file"}
+    try:
+        source = engine.processor.video_processor.open_video(video, allow=allow, **options)
+    finally:
+        bars.close()
+    with source:
+        yield source
 
 
 def clean_up_when_terminated() -> None:
@@ -161,30 +189,33 @@ class Progress:
     Several bars stay on screen until `close()`: a long video is decoded and encoded alternately, piece by piece.
 
     Args:
-        unit (`str`): what is counted. `"B"`: bytes.
+        unit (`str`): what is counted. `"B"`: bytes, which downloads are always counted in.
         disable (`bool`): print nothing; `totals` is still counted.
     """
 
-    NAMES = {"decode": "decoding", "encode": "encoding"}  # noqa: RUF012
+    NAMES = {"decode": "decoding", "encode": "encoding", "download": "downloading"}  # noqa: RUF012
 
     def __init__(self, *, unit: str = "frame", disable: bool = False, err: TextIO | None = None):
         self.unit, self.disable, self.err = unit, disable, err if err is not None else sys.stderr
         self.totals: dict[str, int] = {}
         self._bars: dict[str, tqdm] = {}
+        self._said = ""
 
     def __call__(self, stage: str, done: int = 0, total: int = 0) -> None:
         if not total:
             self.close()
-            if not self.disable:
-                print(stage, file=self.err, flush=True)
+            if not self.disable and stage != self._said:
+                print(self.NAMES.get(stage, stage), file=self.err, flush=True)
+            self._said = stage  # a download of unknown length reports again and again
             return
         self.totals[stage] = total
+        unit = "B" if stage == "download" else self.unit
         if stage not in self._bars:
             self._bars[stage] = tqdm(
                 total=total,
                 desc=self.NAMES.get(stage, stage),
-                unit=self.unit,
-                unit_scale=self.unit == "B",
+                unit=unit,
+                unit_scale=unit == "B",
                 position=len(self._bars),
                 file=self.err,
                 disable=self.disable,

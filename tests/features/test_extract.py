@@ -15,7 +15,6 @@ from longvlm.features.extract import extract_features
 from longvlm.features.failures import FAILED, FailureLog, read_failed, write_failed
 from longvlm.features.fingerprint import check_features, feature_metadata
 from longvlm.features.store import FeatureReader, FeatureWriter
-from longvlm.processing.video_processing_longvlm import LongVLMVideosKwargs
 from tests.helpers.paths import ROOT
 from tests.helpers.tiny_models import save_tiny_longvlm, tiny_longvlm
 from tests.helpers.video_files import write_video
@@ -70,6 +69,31 @@ def test_a_broken_video_does_not_stop_the_rest(videos, tmp_path):
     again = extract_features([videos], tmp_path, model=model, processor=processor)
     assert (again.encoded, again.there_before, again.failed) == (0, 5, 1)
     check_whole(tmp_path, model, processor, videos)
+
+
+def test_parts_of_a_video_are_stored_next_to_the_whole(videos, tmp_path):
+    model, processor = tiny_longvlm()
+    sources = [videos / "v_2.mp4", videos / "v_3.mp4"]  # 16 and 19 frames, 25 a second
+    windows = {"@0.2-0.4": {"video_start": 0.2, "video_end": 0.4}, "@0.32-": {"video_start": 0.32}, "": {}}
+    windows["@0-0.2"] = {"video_end": 0.2}
+    for window in windows.values():
+        report = extract_features(sources, tmp_path, model=model, processor=processor, video_options=window)
+        assert (report.encoded, report.there_before) == (2, 0)
+        again = extract_features(sources, tmp_path, model=model, processor=processor, video_options=window)
+        assert (again.encoded, again.there_before) == (0, 2)
+    reader = FeatureReader(tmp_path)
+    assert set(reader) == {f"{source.stem}{window}" for source in sources for window in windows}
+    for window, options in windows.items():
+        inputs = processor.video_processor(str(sources[0]), return_tensors="pt", **options)
+        with torch.no_grad():
+            expected = model.get_video_features(**inputs)
+        torch.testing.assert_close(reader[f"v_2{window}"].local_features, expected.local_features[0])
+    late = {"video_start": 0.7}  # only the longer one has frames there
+    report = extract_features(sources, tmp_path, model=model, processor=processor, video_options=late)
+    assert (report.encoded, report.failed) == (1, 1)
+    assert "`video_start` 0.7 is past the end" in read_failed(tmp_path)["v_2@0.7-"]
+    with pytest.raises(ValueError, match="`max_frames` 3 needs `fps`"):  # not the fault of each video
+        extract_features(sources, tmp_path, model=model, processor=processor, video_options={"max_frames": 3})
 
 
 def test_a_full_disk_is_not_blamed_on_a_video(videos, tmp_path, monkeypatch):
@@ -198,7 +222,6 @@ def test_progress_is_told_after_each_video_read_or_not(videos, tmp_path):
     assert calls == [("encode", done, 6) for done in range(1, 7)]
 
 
-@pytest.mark.skipif("video_start" not in LongVLMVideosKwargs.__annotations__, reason="no windows here yet")
 def test_windows_of_a_video_lie_in_one_folder_under_names_of_their_own(videos, tmp_path):
     model, processor = tiny_longvlm()
     extract = partial(extract_features, [videos / "v_3.mp4"], tmp_path / "out", model=model, processor=processor)

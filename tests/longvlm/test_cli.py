@@ -2,8 +2,10 @@
 
 import io
 import json
+import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from longvlm_cli import app as cli
 from tests.helpers import video_files
 from tests.helpers.tiny_models import save_tiny_llm, save_tiny_longvlm, tiny_longvlm
 from tests.helpers.video_files import write_video
+from tests.helpers.web_server import serve
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +75,40 @@ def test_json_is_one_object_a_line_and_the_video_is_encoded_once(longvlm, checkp
     assert err.count("decoding:   0%") == err.count("encoding:   0%") == 1
 
 
+def test_a_video_on_the_web_is_downloaded_once_with_progress_and_limits(longvlm, checkpoint, video, tmp_path):
+    content = Path(video).read_bytes()
+
+    def without_length(answer):
+        answer.head({})
+        answer.wfile.write(content)
+
+    with serve({"/film.mp4": lambda answer: answer.send(content), "/unknown": without_length}) as server:
+        url = server.url + "/film.mp4"
+        code, out, err = longvlm("ask", url, "Who?", "Where?", "--model", checkpoint, "--json", *SHORT)
+        assert code == 0 and json.loads(out.splitlines()[0])["video"] == url
+        assert server.asked == ["/film.mp4"] and "downloading: 100%" in err
+        code, out, err = longvlm("ask", server.url + "/unknown", "Who?", "--model", checkpoint, *SHORT)
+        assert code == 0 and err.count("downloading") <= 1
+        picture = tmp_path / "merged.png"
+        assert longvlm("inspect", url, "--model", checkpoint, "--out", picture)[0] == 0 and picture.exists()
+        for command in (("ask", url, "Who?", "--quiet"), ("inspect", url, "--out", picture)):
+            code, out, err = longvlm(*command, "--model", checkpoint, "--max-download-bytes", "100")
+            assert (code, out) == (2, "")
+            assert "bytes are more than the limit of 100; raise --max-download-bytes or" in err.splitlines()[-1]
+            code, out, err = longvlm(*command, "--model", checkpoint, "--max-download-seconds", "-1")
+            assert code == 2 and "--max-download-seconds -1.0: must be a number above 0" in err
+
+
+def test_a_pipe_is_read_once_for_all_questions(longvlm, checkpoint, video, tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=lambda: pipe.write_bytes(Path(video).read_bytes()))
+    writer.start()
+    code, out, err = longvlm("ask", pipe, "Who?", "Where?", "--model", checkpoint, "--quiet", *SHORT)
+    writer.join()
+    assert (code, out.count("\n"), err) == (0, 2, "")
+
+
 def test_dash_reads_questions_from_stdin(longvlm, checkpoint, video):
     _, expected, _ = longvlm("ask", video, "Who?", "Where?", "--model", checkpoint, "--json", *SHORT)
     _, out, _ = longvlm("ask", video, "-", "--model", checkpoint, "--json", *SHORT, stdin="Who?\n\n  Where?  \n")
@@ -96,6 +133,20 @@ def test_options_reach_the_video_and_the_generation(longvlm, checkpoint, video):
     hot = ("--temperature", 5.0, "--top-p", 0.99, "--max-new-tokens", 12)
     sampled = [ask(*hot, "--seed", seed)["answer"] for seed in (1, 1, 2)]
     assert sampled[0] == sampled[1] != sampled[2]
+
+
+def test_a_window_of_the_video_is_asked_about_and_drawn(longvlm, checkpoint, video, tmp_path):
+    def ask(*options):
+        return longvlm("ask", video, "Who?", "--model", checkpoint, "--json", "--fps", 4, *options, *SHORT)
+
+    assert json.loads(ask("--video-start", 1, "--video-end", 2.5)[1])["frames"] == 6  # of 3 seconds
+    code, out, err = ask("--video-start", 3)
+    assert (code, out) == (2, "") and "--video-start 3 is past the end of the video" in err
+    code, out, err = ask("--video-start", 2, "--video-end", 1)
+    assert (code, out) == (2, "") and "--video-start 2 must be before --video-end 1" in err
+    window = ("--fps", 8, "--video-start", 1, "--video-end", 1.5, "--model", checkpoint)
+    code, _, err = longvlm("inspect", video, "--out", tmp_path / "merged.png", *window)
+    assert code == 0 and "4 frames, 1 segments" in err
 
 
 def test_quiet_says_nothing(longvlm, checkpoint, video):

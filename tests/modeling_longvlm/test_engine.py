@@ -3,10 +3,12 @@
 import functools
 import http.server
 import json
+import os
 import pickle
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,6 +23,7 @@ from longvlm.modeling_longvlm.engine_longvlm import Answer, LongVLMEngine
 from tests.helpers.paths import FIXTURES
 from tests.helpers.tiny_models import save_tiny_longvlm, tiny_longvlm, tiny_text_config
 from tests.helpers.video_files import write_video
+from tests.helpers.web_server import serve
 
 SHORT = {"max_new_tokens": 5, "min_new_tokens": 5}
 
@@ -71,6 +74,26 @@ def by_hand(engine, messages, **options):
 
 
 # --- answers ---
+
+
+def test_a_part_of_a_video_is_encoded_for_itself(engine, films, encoded):
+    """20 frames at 25 a second; the window has frames 5 to 14."""
+    window = {"video_start": 0.2, "video_end": 0.6}
+    features = engine.encode(films[0], num_frames=10, **window)
+    assert encoded == [10] and features.num_frames == (10,) and features.duration == (pytest.approx(0.8),)
+    first, last = features.segment_seconds[0][0, 0].item(), features.segment_seconds[0][-1, 1].item()
+    assert 0.2 <= first <= last < 0.6  # seconds of the whole video
+    messages = ask("What?", films[0], num_frames=10, **window)
+    answer = engine.generate(messages, **SHORT)
+    assert encoded == [10]
+    engine.generate(ask("What?", films[0], num_frames=10), **SHORT)
+    engine.generate(ask("What?", films[0], nframes=10, video_start=0.2), **SHORT)
+    assert encoded == [10, 10, 10]
+    assert answer == by_hand(engine, messages, **SHORT)
+    with pytest.raises(ValueError, match="video_start cannot be applied to features"):
+        engine.generate(ask("What?", features, video_start=0.2))
+    with pytest.raises(ValueError, match="`video_start` 1 is past the end"):
+        engine.generate(ask("What?", films[0], video_start=1))
 
 
 def test_one_question(engine, films):
@@ -426,6 +449,39 @@ def test_a_file_that_is_gone_is_not_answered_from_the_cache(engine, tmp_path):
     (tmp_path / "film.mp4").unlink()
     with pytest.raises(VideoDecodeError, match=r"film\.mp4"):
         engine.encode(film)
+
+
+def test_a_pipe_is_known_by_what_comes_from_it(engine, tmp_path, encoded):
+    """Its name, `/dev/fd/63`, is that of the next one, too."""
+    film, other = write_video(tmp_path / "film.mp4", 10), write_video(tmp_path / "other.mp4", range(50, 60))
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+
+    def encode(content):
+        writer = threading.Thread(target=lambda: pipe.write_bytes(Path(content).read_bytes()))
+        writer.start()
+        features = engine.encode(pipe)
+        writer.join()
+        return features
+
+    first = encode(film)
+    assert encode(film) is first and sum(encoded) == 8
+    assert encode(other) is not first and sum(encoded) == 16
+
+
+def test_a_video_that_was_opened_is_downloaded_once_for_all_questions(engine, tmp_path, encoded):
+    content = Path(write_video(tmp_path / "film.mkv", 10)).read_bytes()
+    seen = []
+    with serve({"/film.mkv": lambda answer: answer.send(content)}) as server:
+        open_video = engine.processor.video_processor.open_video
+        with open_video(server.url + "/film.mkv", progress=lambda *step: seen.append(step)) as film:
+            parts = [{"type": "video", "video": film}, {"type": "text", "text": "Who?"}]
+            for _ in range(2):
+                engine.generate([{"role": "user", "content": parts}], max_new_tokens=2)
+            assert sum(encoded) == 8  # once, too
+        engine.encode(server.url + "/film.mkv", progress=lambda *step: seen.append(step))
+        assert server.asked == ["/film.mkv"] * 2
+    assert [step for step in seen if step[0] == "download"][-1] == ("download", len(content), len(content))
 
 
 def test_an_address_is_known_by_what_comes_from_it(engine, tmp_path, encoded):

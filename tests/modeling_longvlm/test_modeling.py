@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import CLIPVisionConfig, Dinov2Config, LlamaConfig, SiglipVisionConfig, ViTConfig
+from transformers import CLIPVisionConfig, Dinov2Config, GPT2Config, LlamaConfig, SiglipVisionConfig, ViTConfig
 
 from longvlm import LongVLMConfig, LongVLMForConditionalGeneration, LongVLMModel, merge_tokens
 from tests.helpers.paths import FIXTURES
@@ -240,6 +240,17 @@ def test_precomputed_features_give_the_same_logits():
     assert torch.equal(model(**inputs, video_features=separately).logits, expected)
 
 
+def test_outputs_hold_the_videos_by_transformers_name_too():
+    model, processor = tiny_longvlm()
+    count = model.config.num_video_tokens(4)
+    inputs = processor(text="<video>\nWhat?", video_token_counts=[count], return_tensors="pt")
+    for part in (model, model.model):
+        outputs = part(**inputs, pixel_values_videos=noise_video(4))
+        assert outputs.video_outputs is outputs.video_features
+        assert [len(tokens) for tokens in outputs.video_outputs.pooler_output] == [count]
+    assert model(**{name: value[:, -3:] for name, value in inputs.items()}).video_outputs is None
+
+
 def test_embeddings_instead_of_ids():
     model, processor = tiny_longvlm()
     inputs = processor(text="<video>\nWhat?", num_video_tokens=[model.config.num_video_tokens(5)], return_tensors="pt")
@@ -249,6 +260,18 @@ def test_embeddings_instead_of_ids():
         inputs_embeds=embeddings, attention_mask=inputs["attention_mask"], pixel_values_videos=noise_video(5)
     )
     assert torch.equal(actual.logits, expected)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("kind", [LlamaConfig, GPT2Config])
+def test_a_tied_head_is_sharded_over_devices_together_with_the_embeddings(kind, tied):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 300}
+    more = {"intermediate_size": 64} if kind is LlamaConfig else {}
+    text_config = kind(**sizes, **more, tie_word_embeddings=tied)
+    model = LongVLMForConditionalGeneration(tiny_config(text_config=text_config))
+    names = {module: name for name, module in model.named_modules()}
+    head, embeddings = (names[part] in model.tp_plan for part in (model.lm_head, model.get_input_embeddings()))
+    assert head == (embeddings if tied else True)
 
 
 def test_disagreeing_numbers_are_named():

@@ -177,6 +177,22 @@ def test_defaults_given_with_the_pipeline(folder, films):
     assert seen == [4]
 
 
+def test_options_of_the_video_reach_it(pipe, films, encoded):
+    window = {"num_frames": 6, "video_start": 0.2, "video_end": 0.6}
+    part = {"type": "video", "video": films[0], **window}
+    content = [part, {"type": "text", "text": "What?"}]
+    expected = pipe.engine.generate([{"role": "user", "content": content}], **SHORT)
+    assert pipe(video=films[0], question="What?", **window, **SHORT)["answer"] == expected
+    assert encoded == [6]  # the pipeline had it from the cache
+    pipe(video=films[0], question="What?", nframes=3, **SHORT)
+    pipe(video=films[0], question="What?", fps=25, max_frames=5, **SHORT)
+    assert encoded == [6, 3, 5]
+    with pytest.raises(ValueError, match="`video_start` 3 is past the end"):
+        pipe(video=films[0], question="What?", video_start=3)
+    with pytest.raises(ValueError, match="max_pixels"):
+        pipe(video=films[0], question="What?", max_pixels=3)
+
+
 def test_progress_is_told_in_frames(pipe, films):
     told = []
     pipe(video=films[0], question="A?", progress=lambda *step: told.append(step), **SHORT)

@@ -39,6 +39,28 @@ def test_a_missing_file(tmp_path):
     one_line_error((tmp_path / "missing.mp4").as_uri(), "missing.mp4", "no such file")
 
 
+@pytest.mark.parametrize("name", ["a\0b.mp4", "a\x1b[31mb.mp4", "a\nb.mp4", "a\udc80b.mp4", "x" * 300, "a" * 5000])
+def test_a_name_that_a_terminal_or_a_file_system_cannot_take(tmp_path, name):
+    with pytest.raises(VideoDecodeError) as caught:
+        decode_video(str(tmp_path / name))
+    message = str(caught.value)
+    assert message.isprintable() and len(message) < 300 and message.encode()
+    path = tmp_path / name
+    try:
+        path.write_text("no video")
+    except (OSError, ValueError):
+        return
+    with pytest.raises(VideoDecodeError, match="not a video file") as caught:
+        decode_video(path)
+    assert str(caught.value).isprintable()
+
+
+def test_a_chain_of_links_without_an_end(tmp_path):
+    (tmp_path / "a.mp4").symlink_to(tmp_path / "b.mp4")
+    (tmp_path / "b.mp4").symlink_to(tmp_path / "a.mp4")
+    one_line_error(tmp_path / "a.mp4", "a.mp4", "Too many levels of symbolic links")
+
+
 def test_a_directory_without_frames(tmp_path):
     (tmp_path / "readme.txt").write_text("hello")
     one_line_error(str(tmp_path), str(tmp_path), "contains no images")

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from longvlm.processing import video_decoding
+from longvlm.processing import video_decoding, video_reader
 from longvlm.processing.video_decoding import decode_video, is_torchcodec_usable, probe_video
 from tests.helpers import real_data, video_files
 from tests.helpers.video_files import CONTAINERS, numbered_frame, read_number, write_container, write_video
@@ -98,10 +98,10 @@ def test_where_torchcodec_names_another_frame_pyav_decodes(container_file, monke
         def rgb_at(self, position):
             if position == 7:
                 return numbered_frame(7)
-            raise video_decoding._TorchcodecFailed("frame 77 has another time")
+            raise video_decoding.TorchcodecFailed("frame 77 has another time")
 
     monkeypatch.setattr(video_decoding, "is_torchcodec_usable", lambda: True)
-    monkeypatch.setattr(video_decoding, "_TorchcodecReader", WrongDecoder)
+    monkeypatch.setattr(video_decoding, "TorchcodecReader", WrongDecoder)
     steps = []
     decoded = decode_video(
         container_file("mp4"), take(7, 77), num_workers=1, progress=lambda stage, done, total: steps.append(done)
@@ -202,14 +202,14 @@ def test_seeking_decodes_few_frames(tmp_path, monkeypatch):
     """Targets far apart: about half a group of pictures is decoded for each, not the video."""
     path = write_video(tmp_path / "long.mp4", 1000, gop=20, options={"bf": "0"})
     decoded = 0
-    original = video_decoding._PyAVReader._next
+    original = video_reader.PyAVReader._next
 
     def counting(reader):
         nonlocal decoded
         decoded += 1
         return original(reader)
 
-    monkeypatch.setattr(video_decoding._PyAVReader, "_next", counting)
+    monkeypatch.setattr(video_reader.PyAVReader, "_next", counting)
     assert numbers(decode_video(path, take(*range(50, 1000, 100)), backend="pyav")) == list(range(50, 1000, 100))
     assert decoded <= 10 * 20
 
@@ -218,14 +218,14 @@ def test_dense_targets_are_decoded_once(tmp_path, monkeypatch):
     """More targets than keyframes: no seek back to a keyframe that was passed already."""
     path = write_video(tmp_path / "dense.mp4", 300, gop=100, options=video_files.B_FRAMES)
     decoded = 0
-    original = video_decoding._PyAVReader._next
+    original = video_reader.PyAVReader._next
 
     def counting(reader):
         nonlocal decoded
         decoded += 1
         return original(reader)
 
-    monkeypatch.setattr(video_decoding._PyAVReader, "_next", counting)
+    monkeypatch.setattr(video_reader.PyAVReader, "_next", counting)
     decode_video(path, take(*range(0, 300, 3)), backend="pyav", num_workers=1)
     assert decoded <= 330
 
@@ -402,7 +402,7 @@ def test_readers_leave_nothing_to_the_garbage_collector(container_file):
     gc.disable()
     try:
         decode_video(path, take(*range(0, 150, 10)), backend="pyav", num_workers=2)
-        left = [thing for thing in gc.get_objects() if type(thing).__name__ == "_PyAVReader"]
+        left = [thing for thing in gc.get_objects() if type(thing).__name__ == "PyAVReader"]
     finally:
         gc.enable()
     assert not left

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoVideoProcessor, CLIPImageProcessor
+from transformers.image_utils import SizeDict
 from transformers.video_utils import VideoMetadata
 
 from longvlm.processing.video_processing_longvlm import LongVLMVideoProcessor
@@ -175,6 +176,77 @@ def test_other_encoders_are_set_up_as_in_their_own_files(settings, shape):
     ours = processor([Image.fromarray(frame)])["pixel_values_videos"][0, 0]
     theirs = CLIPImageProcessor(resample=3, **settings)(frame, return_tensors="pt", input_data_format="channels_last")
     torch.testing.assert_close(ours, theirs["pixel_values"][0], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("shape", [(40, 400), (400, 40), (2, 480), (333, 2500), (37, 1009), (3001, 480), (1, 200)])
+@pytest.mark.parametrize(
+    "settings", [{}, {"resample": 2}, {"size": {"shortest_edge": 256}, "crop_size": 224}], ids=str
+)
+def test_extreme_shapes_are_cropped_as_if_they_had_been_scaled_whole(shape, settings):
+    coarse = np.random.default_rng(0).integers(0, 256, (max(shape[0] // 3, 1), max(shape[1] // 3, 1), 3), np.uint8)
+    picture = Image.fromarray(coarse).resize(shape[::-1], Image.Resampling.BILINEAR)
+    processor = LongVLMVideoProcessor(**settings, do_normalize=False, do_rescale=False)
+    edge = processor.shortest_edge or 224
+    covering = [side * edge // min(shape) for side in shape]
+    whole = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+    whole = processor.resize(whole, SizeDict(height=covering[0], width=covering[1]), processor.resample)
+    expected = processor.center_crop(whole, SizeDict(height=224, width=224))
+    difference = (processor([picture])["pixel_values_videos"][0, 0] - expected).abs()
+    assert difference.max() <= 2 and difference.mean() < 0.2
+
+
+def test_the_memory_for_a_frame_follows_the_crop_and_not_the_shape():
+    """1920 x 2 pixels that cover 224 x 224 would be 215,040 x 224."""
+    made = []
+
+    class Watched(LongVLMVideoProcessor):
+        def resize(self, *args, **kwargs):
+            made.append(super().resize(*args, **kwargs))
+            return made[-1]
+
+    for shape in ((2, 1920), (1920, 2), (1, 100_000), (3000, 250), (560, 125), (125, 560)):
+        pixels = Watched()(np.zeros((2, *shape, 3), np.uint8), short_video="once")["pixel_values_videos"]
+        assert pixels.shape == (1, 2, 3, 224, 224)
+        assert max(frame.numel() for frame in made) <= 9 * 3 * 224 * 224, shape
+    # What is kept of a frame holds nothing else alive.
+    processor = LongVLMVideoProcessor()
+    for do_resize in (True, False):
+        options = processor._options({"do_resize": do_resize})
+        (kept,) = processor._load(np.zeros((1, 2000, 2000, 3), np.uint8), None, options, None)
+        assert kept.frames[0].untyped_storage().nbytes() == 3 * 224 * 224
+
+
+SAVED = {
+    "CLIP's": {"size": {"shortest_edge": 40}, "crop_size": {"height": 36, "width": 36}},
+    "ours": LongVLMVideoProcessor(size={"height": 36, "width": 36}).to_dict(),
+}
+
+
+@pytest.mark.parametrize("saved", SAVED)
+@pytest.mark.parametrize(
+    ("given", "size", "shortest_edge"),
+    [
+        ({"size": 42, "crop_size": 84}, (84, 84), 42),
+        ({"size": {"shortest_edge": 42}, "crop_size": {"height": 20, "width": 30}}, (20, 30), 42),
+        ({"size": 42, "crop_size": 42}, (42, 42), None),
+        ({"size": {"height": 42, "width": 50}}, (42, 50), None),
+    ],
+)
+def test_sizes_given_to_from_dict_replace_the_saved_ones(saved, given, size, shortest_edge):
+    processor = LongVLMVideoProcessor.from_dict(SAVED[saved], **given)
+    assert (processor.size.height, processor.size.width) == size
+    if "crop_size" in given:
+        assert processor.shortest_edge == shortest_edge
+        frame = np.random.default_rng(0).integers(0, 256, (50, 80, 3), dtype=np.uint8)
+        clip = CLIPImageProcessor(**given)(frame, return_tensors="pt", input_data_format="channels_last")
+        ours = processor([Image.fromarray(frame)])["pixel_values_videos"][0]
+        torch.testing.assert_close(ours, clip["pixel_values"], atol=1e-6, rtol=0)
+
+
+def test_a_crop_size_alone_replaces_the_saved_output_size():
+    for saved, edge in (("CLIP's", 40), ("ours", None)):
+        processor = LongVLMVideoProcessor.from_dict(SAVED[saved], crop_size=20)
+        assert (processor.size.height, processor.shortest_edge) == (20, edge)
 
 
 def test_any_output_size_covers_or_squashes():
@@ -391,8 +463,8 @@ def test_a_preset_can_be_changed_when_loading(tmp_path):
 def test_the_saved_folder_loads_as_remote_code(tmp_path, video_file):
     LongVLMVideoProcessor(num_frames=3, **PLAIN).save_pretrained(tmp_path)
     code = {path.name for path in tmp_path.glob("*.py")}
-    travels = ("animated_pictures", "video_decoding", "video_index", "video_processing_longvlm", "video_sources")
-    assert code == {f"{name}.py" for name in travels}
+    assert {"video_processing_longvlm.py", "video_decoding.py", "video_index.py", "video_reader.py"} <= code
+    assert not {"processing_longvlm.py", "modeling_longvlm.py"} & code
     loaded = AutoVideoProcessor.from_pretrained(tmp_path, trust_remote_code=True)
     assert numbers(loaded(video_file)) == [25, 74, 124]
 
@@ -440,7 +512,7 @@ def test_a_video_may_be_left_after_a_piece(video_file):
 )
 def test_impossible_sampling_is_named(video_file, options):
     name, value = list(options.items())[-1]
-    with pytest.raises(ValueError, match=f"{name}={value}"):
+    with pytest.raises(ValueError, match=f"`{name}` is {value};"):
         LongVLMVideoProcessor()(video_file, **options)
 
 

@@ -1,6 +1,7 @@
 """Training data: forms of rows, the report of what is dropped, labels equal to the released code's, batches."""
 
 import json
+import pickle
 
 import pytest
 import torch
@@ -222,10 +223,103 @@ def test_no_row_stops_the_others(videos, tmp_path):
     kinds = [row.kind for row in report.dropped]
     assert kinds == ["broken video", "broken video", "refused by the chat template"]
     assert "roles must alternate" in report.dropped[2].reason
-    with pytest.raises(ValueError, match="fps=-1"):  # the fault of the options, not of a row
+    with pytest.raises(ValueError, match="`fps` is -1"):  # the fault of the options, not of a row
         build_dataset(
             [rows], processor_for(byte_level_tokenizer()), video_folders=[videos], video_options={"fps": -1.0}
         )
+
+
+def test_options_of_a_rows_videos_count(tmp_path):
+    write_video(tmp_path / "v.mp4", 50)  # 2 seconds
+
+    def row(**options):
+        content = [{"type": "video", "video": "v.mp4", **options}, {"type": "text", "text": "Who?"}]
+        return {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "A man."}]}
+
+    rows = [
+        row(),
+        row(num_frames=3, fps=None),
+        row(fps=10, video_start=1),
+        row(video_start=1, video_end=1.2),
+        row(video_start=9),
+        row(max_pixels=9),
+    ]
+    processor = processor_for(byte_level_tokenizer())
+    dataset, report = build_dataset([rows], processor, video_folders=[tmp_path])
+    assert [row.kind for row in report.dropped] == ["broken video", "unknown option"]
+    assert "`video_start` 9 is past the end" in report.dropped[0].reason and "max_pixels" in report.dropped[1].reason
+    batch = LongVLMDataCollator(processor)([dataset[i] for i in range(len(dataset))])
+    assert batch["num_frames"].tolist() == [8, 3, 10, 5]
+    assert batch["attention_mask"].sum(1).tolist() == dataset.lengths
+    window = {"video_start": 1.5, "num_frames": 4}
+    dataset, _ = build_dataset([rows[:3]], processor, video_folders=[tmp_path], video_options=window)
+    batch = LongVLMDataCollator(processor, video_options=window)([dataset[i] for i in range(3)])
+    assert batch["num_frames"].tolist() == [4, 3, 10]
+
+
+@pytest.mark.parametrize("kind", ["paths", "bytes", "decoded"])
+def test_videos_of_a_video_column(tmp_path, kind):
+    datasets = pytest.importorskip("datasets")
+    paths = [write_video(tmp_path / f"{i}.mp4", range(i * 30, i * 30 + 20 + 5 * i)) for i in range(3)]
+    rows = {"video": paths, "question": ["Who?"] * 3, "answer": ["A man."] * 3}
+    processor = processor_for(byte_level_tokenizer())
+    collator = LongVLMDataCollator(processor, video_options={"fps": 10})
+    expected, _ = build_dataset([datasets.Dataset.from_dict(rows)], processor, video_options={"fps": 10})
+    expected = collator([expected[i] for i in range(3)])
+    if kind == "bytes":
+        rows["video"] = [{"bytes": open(path, "rb").read(), "path": None} for path in paths[:2]]
+        rows["video"].append({"bytes": b"no video", "path": "broken.mp4"})
+    table = datasets.Dataset.from_dict(rows).cast_column("video", datasets.Video(decode=kind == "decoded"))
+    for source in (table, [table[i] for i in range(3)] if kind == "bytes" else table):
+        dataset, report = build_dataset([source], processor, video_options={"fps": 10})
+        assert len(dataset) == (2 if kind == "bytes" else 3)
+        for dropped in report.dropped:
+            assert dropped.kind == "broken video" and dropped.reason.startswith("broken.mp4: not a video file")
+        batch = collator([pickle.loads(pickle.dumps(dataset))[i] for i in range(len(dataset))])
+        assert batch["num_frames"].tolist() == [8, 10, 12][: len(dataset)]
+        frames = int(batch["num_frames"].max())
+        assert torch.equal(batch["pixel_values_videos"], expected["pixel_values_videos"][: len(dataset), :frames])
+    if kind == "bytes":  # which stay in the table until they are needed
+        dataset, _ = build_dataset([table], processor)
+        assert len(pickle.dumps(dataset.chats[0].messages, 5)) - len(pickle.dumps(table, 5)) < 1000
+    else:
+        collated = collator([{"video": {"bytes": None, "path": paths[0]}, "question": "Who?", "answer": "Me."}])
+        assert collated["num_frames"].tolist() == [8]
+
+
+def test_a_video_column_names_files_in_the_video_folders_and_features(tmp_path):
+    write_video(tmp_path / "v.mp4", 20)
+    rows = [{"video": {"bytes": None, "path": "v.mp4"}, "question": "Who?", "answer": "A man."}]
+    rows += [{"video": {"bytes": None, "path": None}, "question": "Who?", "answer": "A man."}]
+    processor = processor_for(byte_level_tokenizer())
+    dataset, report = build_dataset([rows], processor, video_folders=[tmp_path])
+    assert len(dataset) == 1 and "neither bytes nor a path" in report.dropped[0].reason
+    with FeatureWriter(tmp_path / "features", num_global_layers=2) as writer:
+        writer.add("v", torch.zeros(5, 8), torch.zeros(2, 8))
+    rows[1]["video"] = {"bytes": b"not opened", "path": "v.mp4"}
+    dataset, _ = build_dataset([rows], processor, features=[tmp_path / "features"])
+    assert [chat.features for chat in dataset.chats] == [((0, "v"),)] * 2 and "video_features" in dataset[1]
+
+
+def test_features_of_a_window_are_found_by_its_times(tmp_path):
+    names = ("v", "v@0-30", "v@30-60.5", "v@60.5-")
+    with FeatureWriter(tmp_path, num_global_layers=2) as writer:
+        for length, name in enumerate(names, start=1):
+            writer.add(name, torch.zeros(length, 8), torch.zeros(2, 8))
+
+    def row(**options):
+        content = [{"type": "video", "video": "v.mp4", **options}, {"type": "text", "text": "Who?"}]
+        return {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "A man."}]}
+
+    windows = [{}, {"video_end": 30}, {"video_start": 30.0, "video_end": 60.5}, {"video_start": 60.5}]
+    rows = [row(**window) for window in windows] + [row(video_start=2), row(num_frames=3)]
+    processor = processor_for(byte_level_tokenizer())
+    dataset, report = build_dataset([rows], processor, features=[tmp_path])
+    assert [chat.features[0][1] for chat in dataset.chats] == list(names)
+    assert 'no features of the video "v.mp4@2-"' in report.dropped[0].reason
+    assert "num_frames of a video cannot be applied to extracted features" in report.dropped[1].reason
+    dataset, _ = build_dataset([rows[:1]], processor, features=[tmp_path], video_options={"video_end": 30})
+    assert dataset.chats[0].features[0][1] == "v@0-30"
 
 
 def test_features_of_another_video_of_that_name_are_not_taken(tmp_path):

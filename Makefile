@@ -9,11 +9,11 @@ FLOOR  := 5.17
 OLD    := $(CURDIR)/.cache/transformers-$(FLOOR)
 PYTEST  = $(BIN)/python -m pytest $(if $(SLOW),--slow) $(ARGS)
 
-.PHONY: help setup demo test test-floor test-newest test-matrix test-suites test-quantizers lint style types bench smollm2 tiny ablations clean
+.PHONY: help setup demo test test-floor test-newest test-matrix test-kills test-suites test-quantizers lint style types bench smollm2 tiny ablations clean
 
 help:
 	@sed -n 's/^# make /make /p' Makefile
-	@echo "also: make lint | style | test-matrix | test-suites | test-quantizers | bench | tiny | ablations | smollm2 | clean"
+	@echo "also: make lint | style | test-matrix | test-kills | test-suites | test-quantizers | bench | tiny | ablations | smollm2 | clean"
 
 setup: $(STAMP)
 
@@ -28,6 +28,10 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(PYTEST)
+
+# 86 kills at random moments, about 3 minutes on 2 idle cores; part of the slow tests.
+test-kills: $(STAMP)
+	$(BIN)/python -m pytest --slow tests/test_kills.py $(ARGS)
 
 # The oldest supported transformers is installed into a folder of its own, which goes in front of the environment's.
 $(OLD)/.complete: Makefile | $(STAMP)

@@ -27,6 +27,8 @@ from longvlm.registration import (
     LongVLMVideoProcessor,
 )
 
+MAX_IMAGE_SIZE = 4096
+
 
 def assemble(
     vision: str | Path | None,
@@ -149,6 +151,8 @@ def join(
 def _video_processor(vision: VisionPart, image_size: int | None, changes: dict[str, Any]) -> LongVLMVideoProcessor:
     options = dict(vision.image_options)
     if image_size is not None:
+        if not 1 <= image_size <= MAX_IMAGE_SIZE:
+            raise ValueError(f"`image_size` is {image_size}; it can be 1 to {MAX_IMAGE_SIZE} pixels")
         options.pop("crop_size", None)
         options["size"] = {"height": image_size, "width": image_size}
     if "preset" in changes:  # it decides how frames are resized, and the encoder only to what size

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from longvlm.checkpoint_faults import check_settings, local_folder, naming_files
+from longvlm.checkpoint_faults import naming_files
+from longvlm.conversion.foreign import check_size, reading
 from longvlm.conversion.hub import short_name
 from longvlm.conversion.parts import LanguagePart
 
@@ -31,20 +32,22 @@ def load_language(
         if not path.is_file():
             raise ValueError(f"{path} does not exist")
         source, gguf_file = path.parent, path.name
-    options: dict[str, Any] = {} if gguf_file is None else {"gguf_file": gguf_file}
+    read = path if path.is_file() else source
+    options: dict[str, Any] = {"trust_remote_code": False}  # else transformers asks for permission to run code
+    if gguf_file is not None:
+        options["gguf_file"] = gguf_file
     # Checked before the weights are loaded, which costs minutes and gigabytes.
-    with naming_files(source, "config.json"):
+    with reading(read), naming_files(source, "config.json"):
         config = AutoConfig.from_pretrained(source, **options)
+    check_size(config, str(source))
     if config.get_text_config() is not config:
         raise ValueError(
             f"{source} is a {config.model_type} model with parts of its own, not a plain language model; "
             "give the causal language model alone"
         )
-    if (folder := local_folder(source)) is not None:
-        check_settings(folder)
-    with naming_files(source, "tokenizer"):
+    with reading(read), naming_files(source, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-    with naming_files(source, "weights"):
+    with reading(read), naming_files(source, "weights"):
         model, info = AutoModelForCausalLM.from_pretrained(
             source,
             dtype=dtype or (torch.float32 if gguf_file else "auto"),

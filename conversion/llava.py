@@ -27,6 +27,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 from longvlm.conversion.assemble import join
 from longvlm.conversion.checks import check_projector, check_text, check_video, probe
 from longvlm.conversion.delta import DeltaSum, is_delta
+from longvlm.conversion.foreign import check_size, reading
 from longvlm.conversion.hub import local_folder, short_name
 from longvlm.conversion.key_maps import (
     LLAVA_ORIGINAL,
@@ -171,7 +172,10 @@ def _describe(folder: Path, name: str) -> _Checkpoint:
     values = read_json_object(file)
     kind = values.get("model_type")
     if kind == "llava" and "vision_config" in values:
-        return _describe_transformers(folder, name, LlavaConfig.from_pretrained(folder))
+        with reading(folder):
+            config = LlavaConfig.from_pretrained(folder)
+        check_size(config, name)
+        return _describe_transformers(folder, name, config)
     if kind in ORIGINAL_TYPES and "mm_vision_tower" in values:
         return _describe_original(folder, name, values)
     if kind in ORIGINAL_TYPES and kind != "llava":
@@ -201,7 +205,9 @@ def _describe_original(folder: Path, name: str, values: dict[str, Any]) -> _Chec
     known = config_class().to_dict().keys() | {"rope_theta", "rope_scaling"}
     # The rest is LLaVA's own, or about how it was trained and saved.
     left_out = {"model_type", "architectures", "transformers_version", "_name_or_path", "torch_dtype", "dtype"}
-    text_config = config_class(**{key: value for key, value in values.items() if key in known - left_out})
+    with reading(folder):
+        text_config = config_class(**{key: value for key, value in values.items() if key in known - left_out})
+    check_size(text_config, name)
     layer = values.get("mm_vision_select_layer", -2)
     source = values["mm_vision_tower"]
     return _Checkpoint(folder, name, text_config, None, source, layer, LLAVA_ORIGINAL, is_original=True)
@@ -232,7 +238,8 @@ def _language_part(checkpoint: _Checkpoint, weights: Mapping[str, torch.Tensor],
     model, info = _load(model_class, config, state, dtype or weights[EMBEDDINGS].dtype)
     _refuse_gaps(info, name, model_class.__name__)
     if (checkpoint.folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(checkpoint.folder)
+        with reading(checkpoint.folder):
+            model.generation_config = GenerationConfig.from_pretrained(checkpoint.folder)
         # Vicuna's sets temperature and top_p without sampling, which transformers refuses to save.
         if not model.generation_config.do_sample:
             model.generation_config.temperature = model.generation_config.top_p = None
@@ -241,14 +248,15 @@ def _language_part(checkpoint: _Checkpoint, weights: Mapping[str, torch.Tensor],
 
 def _tokenizer(checkpoint: _Checkpoint) -> PreTrainedTokenizerBase:
     folder = checkpoint.folder
-    if not checkpoint.is_original:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    else:
-        file = folder / "tokenizer_config.json"
-        legacy = read_json_object(file).get("legacy", True) if file.is_file() else True
-        # LLaMA's tokenizer of 2023 put a space mark in front of all text between special tokens; with "legacy": false
-        # (Vicuna 1.5, and so LLaVA-1.5) only at the beginning, as today's does.
-        tokenizer = load_original_tokenizer(folder) if legacy else LlamaTokenizer.from_pretrained(folder)
+    with reading(folder):
+        if not checkpoint.is_original:
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        else:
+            file = folder / "tokenizer_config.json"
+            legacy = read_json_object(file).get("legacy", True) if file.is_file() else True
+            # LLaMA's tokenizer of 2023 put a space mark in front of all text between special tokens; with "legacy":
+            # false (Vicuna 1.5, and so LLaVA-1.5) only at the beginning, as today's does.
+            tokenizer = load_original_tokenizer(folder) if legacy else LlamaTokenizer.from_pretrained(folder)
     # LLaVA's own template writes marks for images. All of these models were trained with Vicuna's prompt, which is the
     # processor's default.
     tokenizer.chat_template = None

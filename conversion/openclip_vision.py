@@ -7,7 +7,6 @@ wrong one hardly shows in the numbers, yet costs accuracy. Only the tower's tens
 """
 
 import difflib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from longvlm.conversion.key_maps import OPEN_CLIP_VISION, map_key
 from longvlm.conversion.parts import VisionPart, as_dtype
 from longvlm.conversion.progress import Progress, silent
 from longvlm.conversion.weights import Weights
-from longvlm.files import check_free, output_folder
+from longvlm.files import check_free, output_folder, read_json_object
 
 PREFIX = "open_clip:"
 
@@ -181,7 +180,7 @@ def _find(model: str, pretrained: str | Path | None) -> _Source:
 
 def _read_description(file: Path) -> dict[str, Any]:
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = read_json_object(file)
         values["model_cfg"]["vision_cfg"], values["model_cfg"]["embed_dim"]  # what is read of it
     except (ValueError, KeyError, TypeError):
         raise ValueError(

@@ -20,6 +20,7 @@ from transformers import CONFIG_MAPPING, GenerationConfig, LlamaConfig
 
 from longvlm.conversion.checks import check_forward, check_projector, check_tensors, refuse_differences
 from longvlm.conversion.delta import DeltaSum, is_delta
+from longvlm.conversion.foreign import check_size, reading
 from longvlm.conversion.hub import local_folder, short_name
 from longvlm.conversion.key_maps import LLM, MM_PROJECTOR, ORIGINAL, PROJECTOR, VISION, first_few, map_names
 from longvlm.conversion.original_features import LAYOUTS, layout_of_file
@@ -317,7 +318,8 @@ def _choose_layout(layout: str | None, feature_file: str | Path | None) -> str:
 
 def _tokenizer_for(folder: Path, tensors: dict[str, _LazyTensor]):
     """The tokenizer with the three video tokens, and their ids: the last rows of the embedding table."""
-    tokenizer = load_original_tokenizer(folder)
+    with reading(folder):
+        tokenizer = load_original_tokenizer(folder)
     before = len(tokenizer)
     ids = add_tokens(tokenizer, VIDEO_TOKENS)
     rows, outputs = tensors[EMBEDDINGS].info.shape[0], tensors[LM_HEAD].info.shape[0]
@@ -353,7 +355,10 @@ def _text_config(folder: Path, tensors: dict[str, _LazyTensor]) -> LlamaConfig:
     if missing:
         raise ValueError(f"{file} is missing {first_few(missing)}; give the folder of a complete LLaMA")
     fields = {name: values[name] for name in LLAMA_FIELDS if values.get(name) is not None}
-    return LlamaConfig(**fields, vocab_size=tensors[EMBEDDINGS].info.shape[0], tie_word_embeddings=False)
+    with reading(folder):
+        config = LlamaConfig(**fields, vocab_size=tensors[EMBEDDINGS].info.shape[0], tie_word_embeddings=False)
+    check_size(config, str(folder))
+    return config
 
 
 def _video_processor(image_options: dict[str, Any]) -> LongVLMVideoProcessor:
@@ -374,7 +379,8 @@ def _save_rest(folder: Path, config: LongVLMConfig, llm: Path, processor: LongVL
         model = LongVLMForConditionalGeneration(config)
     save_code_and_config(model, folder)
     if (llm / "generation_config.json").is_file():
-        generation = GenerationConfig.from_pretrained(llm)
+        with reading(llm):
+            generation = GenerationConfig.from_pretrained(llm)
     else:
         generation = GenerationConfig.from_model_config(config.text_config)
     generation.do_sample, generation.temperature, generation.top_p = False, None, None

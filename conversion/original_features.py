@@ -21,6 +21,7 @@ import torch
 from longvlm.conversion.progress import Progress, silent
 from longvlm.features.failures import FAILED, FailureLog, write_failed
 from longvlm.features.store import FeatureWriter
+from longvlm.files import check_regular
 
 SEGMENTS = 10  # of the original's 100 frames
 
@@ -88,6 +89,7 @@ def read_feature_file(file: str | Path) -> np.ndarray:
         OSError: it cannot be read.
     """
     file = Path(file)
+    check_regular(file)
     size = file.stat().st_size
     if size > MAX_BYTES:
         raise ValueError(f"{file} has {size} bytes; features of one video have at most {MAX_BYTES}")

@@ -83,10 +83,9 @@ def convert_to_original(
 
 def _check_config(folder: Path) -> None:
     file = folder / "config.json"
-    try:
-        config = read_json_object(file)
-    except (OSError, ValueError):
-        raise ValueError(f"{folder} is not a checkpoint: config.json is missing or cannot be read") from None
+    if not file.is_file():
+        raise ValueError(f"{folder} is not a checkpoint: config.json is missing")
+    config = read_json_object(file)
     if config.get("model_type") != "longvlm":
         raise ValueError(f"{folder} is a {config.get('model_type')} model, not a LongVLM")
     text_config = config.get("text_config")

@@ -6,8 +6,9 @@ A folder or Hub id of transformers, a model of open_clip, or a bare configuratio
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
-from transformers import AutoConfig, AutoImageProcessor, AutoModel
+from transformers import CONFIG_MAPPING, AutoConfig, AutoImageProcessor, AutoModel
 from transformers.image_utils import (
     IMAGENET_DEFAULT_MEAN,
     IMAGENET_DEFAULT_STD,
@@ -19,6 +20,7 @@ from transformers.image_utils import (
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
 from longvlm.checkpoint_faults import naming_files
+from longvlm.conversion.foreign import check_size, reading
 from longvlm.conversion.hub import short_name
 from longvlm.conversion.openclip_vision import PREFIX, load_open_clip_by_name
 from longvlm.conversion.parts import VisionPart
@@ -40,10 +42,14 @@ def load_vision(source: str | Path, *, dtype: torch.dtype | None = None) -> Visi
     """
     if str(source).startswith(PREFIX):
         return load_open_clip_by_name(str(source), dtype=dtype)
-    with naming_files(source, "config.json"):
-        config = AutoConfig.from_pretrained(source)
+    with (
+        reading(source),
+        naming_files(source, "config.json"),
+    ):  # without trust_remote_code, transformers would ask for permission to run code
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    check_size(config, str(source))
     tower = _tower_config(config, str(source))
-    with torch.random.fork_rng(devices=[]), naming_files(source, "weights"):
+    with reading(source), naming_files(source, "weights"), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         # Not AutoModel.from_pretrained: it would build the whole CLIP, text tower included.
         model, info = MODEL_MAPPING[type(tower)].from_pretrained(
@@ -92,21 +98,27 @@ def untrained_vision(config: str | Path | dict, *, dtype: torch.dtype | None = N
     model_type = values.pop("model_type", None)
     if model_type is None:
         raise ValueError('`vision_config` has no "model_type"; add one, for example "clip_vision_model"')
-    try:
+    if model_type not in CONFIG_MAPPING:
+        raise ValueError(f'`vision_config` has the model_type "{model_type!s:.60}", unknown to transformers')
+    with reading(f"`vision_config` ({name})"):
         vision_config = AutoConfig.for_model(model_type, **values)
-    except KeyError as error:
-        raise ValueError(f'`vision_config` has the model_type "{model_type}", unknown to transformers') from error
+    check_size(vision_config, f"`vision_config` ({name})")
     vision_config = _tower_config(vision_config, name)
-    with torch.random.fork_rng(devices=[]):
+    dtype = dtype or torch.float32
+    with reading(f"`vision_config` ({name})"), torch.random.fork_rng(devices=[]):
+        with torch.device("meta"):
+            size = sum(weight.numel() for weight in AutoModel.from_config(vision_config).parameters()) * dtype.itemsize
+        if size > (free := psutil.virtual_memory().available):
+            raise ValueError(f"the encoder has {size:,} bytes of weights; there is memory for {free:,}")
         torch.manual_seed(seed)
-        model = AutoModel.from_config(vision_config, dtype=dtype or torch.float32)
+        model = AutoModel.from_config(vision_config, dtype=dtype)
     return VisionPart(model.eval(), name, _default_image_options(vision_config), trained=False)
 
 
 def image_options(source: str | Path, config) -> dict[str, Any]:
     """How images are prepared for the encoder in `source`: by its image processor, else as its family does it."""
     try:
-        values = AutoImageProcessor.from_pretrained(source).to_dict()
+        values = AutoImageProcessor.from_pretrained(source, trust_remote_code=False).to_dict()
     except (OSError, ValueError, KeyError):  # the encoder comes without one
         return _default_image_options(config)
     options = {key: values[key] for key in IMAGE_OPTIONS if values.get(key) is not None}

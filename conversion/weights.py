@@ -18,6 +18,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from longvlm.files import read_json_object
+
 # Names in the headers of safetensors files (https://github.com/huggingface/safetensors, "Format").
 DTYPE_NAMES = {
     torch.float64: "F64",
@@ -145,9 +147,15 @@ def _weight_files(source: Path) -> list[Path]:
         if not index.is_file():
             continue
         try:
-            shards = list(dict.fromkeys(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise ValueError(f'{index} is not an index of shards: it has no "weight_map"') from None
+            names = read_json_object(index).get("weight_map")
+        except ValueError as error:
+            raise ValueError(f"{index.name} is not an index of shards: {error}") from None
+        if not isinstance(names, dict) or not all(isinstance(shard, str) for shard in names.values()):
+            raise ValueError(f'{index} is not an index of shards: it has no "weight_map"')
+        shards = list(dict.fromkeys(names.values()))
+        for shard in shards:
+            if shard in ("", ".", "..") or Path(shard).name != shard:
+                raise ValueError(f"{index} names the shard {shard!r:.200}, which is not a file beside it")
         missing = [shard for shard in shards if not (source / shard).is_file()]
         if missing:
             raise ValueError(

@@ -21,8 +21,10 @@ from filelock import FileLock, Timeout
 
 from longvlm.features.failures import FAILED, FailureLog, read_failed, write_failed
 from longvlm.features.fingerprint import feature_metadata
-from longvlm.features.store import SHARD, SHARDS, FeatureReader, FeatureWriter
+from longvlm.features.store import SHARD, SHARDS, FeatureReader, FeatureWriter, Window
 from longvlm.features.videos import find_videos, window_name
+from longvlm.modeling_longvlm.engine_longvlm import LongVLMEngine
+from longvlm.modeling_longvlm.modeling_longvlm import video_facts
 from longvlm.modeling_longvlm.plain_numbers import whole_number
 
 PART, PARTS = ".part-{:05}", ".part-*"  # one folder per process
@@ -61,7 +63,7 @@ def extract_features(
         out: a folder, new or from an earlier run, whose videos are not encoded again.
         model, processor: a LongVLM in eval mode, on the device to use.
         video_options: options of the video processor (`num_frames`, `fps`, `max_frames`...). With `video_start` or
-            `video_end`, the features are stored as `name@start-end`, next to those of other parts of the video.
+            `video_end`, each video is stored under its `window_name`; a folder may hold several windows.
         store_dtype: dtype of the features; default: the one that the encoder computes in.
         shard_bytes: a shard is written when that many bytes are encoded; a killed process loses at most as much.
         progress: called as `progress("encode", done, total)` after each video of the first process's share, and only
@@ -72,41 +74,48 @@ def extract_features(
         run tries it again.
 
     Raises:
-        ValueError: see `find_videos` and `FeatureWriter`; or options that no video can have.
+        ValueError: see `find_videos` and `FeatureWriter`; options that no video can have; or a video is stored there
+            under the name of another's window.
     """
     # On a machine without accelerators, processes find each other only when told to use the CPU.
     state, out = PartialState(cpu=model.device.type == "cpu"), Path(out)
-    videos = sources if isinstance(sources, Mapping) else find_videos(sources)
+    options = dict(video_options or {})
+    window = _window(options)
     shard_bytes = whole_number("shard_bytes", shard_bytes, 1)
-    processor.video_processor.check_options(**(video_options or {}))
-    window = [(video_options or {}).get(name) for name in ("video_start", "video_end")]
-    videos = {window_name(name, *window): video for name, video in videos.items()}
+    processor.video_processor.check_options(**options)
+    videos = sources if isinstance(sources, Mapping) else find_videos(sources)
+    videos = {window_name(name, *window or ()): video for name, video in videos.items()}
     made_by = {
         "num_global_layers": model.config.num_global_tokens,  # none, if the model places none
-        "metadata": feature_metadata(model, processor.video_processor, video_options),
+        "metadata": feature_metadata(model, processor.video_processor, options),
     }
     if state.is_main_process:
         FeatureWriter(out, **made_by).close()
         _adopt_parts(out, made_by)
     state.wait_for_everyone()
-    done = set(FeatureReader(out))
+    reader = FeatureReader(out)
+    for name in videos.keys() & reader.keys():
+        if reader.window(name) != window:
+            raise ValueError(f'{out} holds another part of a video under the name "{name}"; rename that video')
+    done = set(reader)
     missing = [name for name in videos if name not in done]
     share = missing[state.process_index :: state.num_processes]
     part = out / PART.format(state.process_index)
     stage = "encode" if state.num_processes == 1 else f"encode (process 1 of {state.num_processes})"
     state.wait_for_everyone()
+    engine = LongVLMEngine(model, processor, cache_bytes=0)
     with FeatureWriter(part, **made_by, shard_bytes=shard_bytes) as writer, FailureLog(part) as failures:
         for number, name in enumerate(share, start=1):
             try:
-                frames = processor.video_processor.iter_pixel_values(videos[name], **dict(video_options or {}))
-                features = model.encode_video(frames)
+                features = engine.encode(videos[name], **options)
                 tensors = (features.local_features[0], features.global_features[0])
-                tensors = tuple(t.to("cpu", store_dtype or t.dtype, copy=True) for t in tensors)
-                writer.check(name, *tensors)
+                tensors = tuple(t.to("cpu", store_dtype or t.dtype) for t in tensors)
+                facts: dict[str, Any] = {fact: values and values[0] for fact, values in video_facts(features).items()}
+                writer.check(name, *tensors, **facts)
             except (ValueError, OSError) as error:
                 failures.add(name, error)
-            else:
-                writer.add(name, *tensors)  # outside of `try`: a full disk is not the video's fault
+            else:  # outside of `try`: a full disk is not the video's fault
+                writer.add(name, *tensors, **facts, window=window)
             if progress is not None and state.is_main_process:
                 progress(stage, number, len(share))
     state.wait_for_everyone()
@@ -117,6 +126,13 @@ def extract_features(
     stored = set(FeatureReader(out))
     encoded = sum(name in stored for name in missing)
     return ExtractionReport(encoded, len(videos) - len(missing), len(missing) - encoded)
+
+
+def _window(options: Mapping[str, Any]) -> Window | None:
+    start, end = options.get("video_start"), options.get("video_end")
+    if start is None and end is None:
+        return None
+    return None if start is None else float(start), None if end is None else float(end)
 
 
 def _adopt_parts(out: Path, made_by: Mapping[str, Any]) -> None:

@@ -21,7 +21,7 @@ def read_failed(folder: str | Path) -> dict[str, str]:
     try:
         lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
         return {line["video"]: line["reason"] for line in lines}
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise ValueError(f"{file} is damaged; remove it and extract again") from None
 
 
@@ -59,7 +59,10 @@ class FailureLog:
 
 
 def _line(video: str, reason: str) -> str:
-    return json.dumps({"video": video, "reason": reason}, ensure_ascii=False) + "\n"
+    line = json.dumps({"video": video, "reason": reason}, ensure_ascii=False)
+    if not line.isascii() and any("\ud800" <= character <= "\udfff" for character in line):
+        line = json.dumps({"video": video, "reason": reason})  # a name that is not UTF-8
+    return line + "\n"
 
 
 __all__ = ["FAILED", "FailureLog", "read_failed", "write_failed"]

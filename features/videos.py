@@ -6,6 +6,15 @@ from pathlib import Path
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".ts", ".mpg", ".mpeg", ".flv", ".wmv", ".gif")
 
 
+def _lines(file: Path) -> list[str]:
+    """The lines of a text file that are not blank."""
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise ValueError(f"{file} is not UTF-8 text; a list of videos has one path a line") from None
+    return [line.strip() for line in lines if line.strip()]
+
+
 def find_videos(sources: Iterable[str | Path]) -> dict[str, Path]:
     """
     Finds videos and names them.
@@ -35,9 +44,8 @@ def find_videos(sources: Iterable[str | Path]) -> dict[str, Path]:
         elif not source.is_file():
             raise ValueError(f"{source}: no such file or folder")
         elif source.suffix == ".txt":
-            for line in source.read_text(encoding="utf-8").splitlines():
-                if line.strip():
-                    add(Path(line.strip()).stem, Path(line.strip()))
+            for line in _lines(source):
+                add(Path(line).stem, Path(line))
         else:
             add(source.stem, source)
     if not found:

@@ -36,7 +36,7 @@ SECRETS = {
     "a Google API key": r"\bAIza[0-9A-Za-z_-]{35}\b",
     "a Slack token": r"\bxox[abprs]-[0-9A-Za-z-]{10,}",
     "a private key": r"-----BEGIN [A-Z ]*PRIVATE KEY-----",
-    "a password in an address": r"\b[a-z][a-z0-9+.-]*://[^/\s:@\"']+:[^/\s:@\"'{}<>]+@",
+    "a password in an address": r"\b[a-z][a-z0-9+.-]{,20}://[^/\s:@\"']{1,200}:[^/\s:@\"'{}<>]{1,200}@",
 }
 _FOLDERS = (
     "home|Users|root|tmp|mnt|data|work|workspace|scratch|srv|opt|var|media|private|Volumes|content|kaggle|gpfs|nfs|"
@@ -70,7 +70,7 @@ def weight_problems(files: Mapping[str, Path]) -> list[str]:
     for name in sorted(files):
         if name.endswith(".safetensors.index.json"):
             try:
-                shards = set(read_json_object(files[name])["weight_map"].values())
+                shards = {str(shard) for shard in read_json_object(files[name])["weight_map"].values()}
             except (ValueError, KeyError, TypeError, AttributeError):
                 problems.append(f'{name} is not an index of shards (it has no "weight_map"): save the model again')
                 continue
@@ -88,6 +88,8 @@ def text_problems(files: Mapping[str, Path]) -> list[str]:
         try:
             problems += problems_in_text(name, content.decode("utf-8"))
         except UnicodeDecodeError:
+            if name.endswith(".json"):
+                problems.append(f"{name} is not UTF-8, so transformers cannot read it: save it again, as UTF-8")
             # Text in another encoding, or a binary file: both can contain credentials.
             marks = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
             text = content.decode("utf-16" if content.startswith(marks) else "latin-1", errors="replace")
@@ -100,8 +102,8 @@ def problems_in_text(name: str, text: str) -> list[str]:
     """The same for the text of one file."""
     paths = not name.endswith((*VOCABULARIES, ".py"))
     found = list(_suspicious(text, paths=paths))
-    if paths and name.endswith(".json"):
-        found += _paths_in_json(text, {line for line, _ in found})
+    if name.endswith(".json"):
+        found += _problems_in_json(text, {line for line, _ in found}, paths=paths)
     return [f"{name}, line {line}: {what}" for line, what in sorted(found)]
 
 
@@ -113,16 +115,21 @@ def _suspicious(text: str, *, paths: bool = True) -> Iterator[tuple[int, str]]:
                 yield number, f"{kind}: remove it, and revoke it where it was issued"
         match = re.search(PATH_IN_TEXT, line) if paths else None
         if match:
-            yield number, f"the local path {match[0]}: write a Hub id instead, or remove it"
+            yield number, f"the local path {match[0]:.200}: write a Hub id instead, or remove it"
 
 
-def _paths_in_json(text: str, known: set[int]) -> list[tuple[int, str]]:
+def _problems_in_json(text: str, known: set[int], *, paths: bool) -> list[tuple[int, str]]:
+    """Local paths on other lines than the `known` ones, or that it is not JSON."""
     try:
         values = json.loads(text)
     except json.JSONDecodeError as error:
         return [(error.lineno, f"not JSON: {error.msg}")]
+    except ValueError as error:  # a number of thousands of digits
+        return [(1, f"not JSON: {error}")]
+    except RecursionError:
+        return [(1, "not JSON that can be read: nested too deeply")]
     lines, found = text.splitlines(), []
-    for key, value in _strings(values):
+    for key, value in _strings(values) if paths else ():
         # A Hub id has one slash at most.
         is_local_model = key in ("_name_or_path", "name_or_path") and (value.startswith(".") or value.count("/") > 1)
         if not is_local_model and not re.fullmatch(PATH_AS_VALUE, value):
@@ -130,20 +137,21 @@ def _paths_in_json(text: str, known: set[int]) -> list[tuple[int, str]]:
         written = json.dumps(value)
         number = next((n for n, line in enumerate(lines, 1) if written in line), 1)
         if number not in known:
-            found.append((number, f"{key} is the local path {value}: write a Hub id instead, or remove it"))
+            found.append((number, f"{key} is the local path {value:.200}: write a Hub id instead, or remove it"))
     return found
 
 
-def _strings(value, key: str = "a value") -> Iterator[tuple[str, str]]:
-    """Every string in a JSON value, with its key."""
-    if isinstance(value, str):
-        yield key, value
-    elif isinstance(value, dict):
-        for name, item in value.items():
-            yield from _strings(item, name)
-    elif isinstance(value, list):
-        for item in value:
-            yield from _strings(item, key)
+def _strings(value) -> Iterator[tuple[str, str]]:
+    """Every string in a JSON value, with its key. Without recursion, whose limit is lower than that of the parser."""
+    waiting = [("a value", value)]
+    while waiting:
+        key, value = waiting.pop()
+        if isinstance(value, str):
+            yield key, value
+        elif isinstance(value, dict):
+            waiting += value.items()
+        elif isinstance(value, list):
+            waiting += ((key, item) for item in value)
 
 
 def installed_code() -> dict[str, Path]:

@@ -4,7 +4,7 @@ Built on `huggingface_hub.ModelCard`, which parses the metadata. The Hub itself 
 tags) before an upload begins.
 """
 
-import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from importlib import resources
@@ -17,11 +17,12 @@ from huggingface_hub.utils import validate_repo_id
 from safetensors import safe_open
 
 import longvlm
-from longvlm.files import read_json_object
+from longvlm.files import parse_yaml, read_json, read_json_object
 from longvlm.registration import LongVLMConfig
 
 TAGS = ("longvlm", "video", "video-question-answering")
 PIPELINE_TAG, LIBRARY = "video-text-to-text", "transformers"
+MAX_FRAMES = 10**6  # of one video
 NO_BASE_MODEL = "none"  # the user says that every part was trained from scratch
 
 # Weights that must not be redistributed as they are: pattern of their names, and what they are.
@@ -119,12 +120,17 @@ def make_card(
         merge_num_heads=config.merge_num_heads,
         merge_order=config.merge_order,
         projector_type=config.projector_type,
-        untrained_parts=[part.replace("_", " ") for part in getattr(config, "untrained_parts", None) or []],
-        results=list(results),
+        untrained_parts=[_as_text(part).replace("_", " ") for part in getattr(config, "untrained_parts", None) or []],
+        results=[{field: _as_text(value) for field, value in vars(result).items() if value} for result in results],
         notice=notice,
         usage=usage,
         details=details,
     )
+
+
+def _as_text(value: Any) -> str:
+    """What a file says, to be shown in Markdown: on one line, and not as markup."""
+    return re.sub(r"([\\`<>|\[\]])", r"\\\1", " ".join(str(value).split()))
 
 
 def complete_card(
@@ -148,6 +154,7 @@ def complete_card(
     Raises:
         ValueError: its metadata cannot be parsed.
     """
+    check_metadata(content)
     card = ModelCard(content)
     data: Any = card.data  # its fields are those of ModelCardData
     for name, value in (("license", license), ("license_name", license_name), ("license_link", license_link)):
@@ -156,7 +163,7 @@ def complete_card(
     if base_model is not None:
         data.base_model = [name for name in base_model if name != NO_BASE_MODEL] or None
     data.library_name, data.pipeline_tag = LIBRARY, PIPELINE_TAG
-    data.tags = list(dict.fromkeys([*(data.tags or ()), *TAGS, *tags]))
+    data.tags = list(dict.fromkeys([*_as_list(data.tags), *TAGS, *tags]))
     if datasets:
         data.datasets = list(datasets)
     if language:
@@ -168,6 +175,16 @@ def complete_card(
     return card
 
 
+def check_metadata(content: str) -> None:
+    """
+    Raises:
+        ValueError: the YAML at the start of a card is none, or too much for its parser.
+    """
+    block = re.match(r"\s*---[\r\n]+(.*?)[\r\n]+---\s*([\r\n]|$)", content, re.DOTALL)
+    if block:
+        parse_yaml(block[1], "README.md")
+
+
 def check_card(content: str, *, without_base_model: bool = False) -> list[str]:
     """Checks the metadata of a card, and returns its problems, one line each.
 
@@ -176,6 +193,7 @@ def check_card(content: str, *, without_base_model: bool = False) -> list[str]:
         without_base_model: the user says that there is none.
     """
     try:
+        check_metadata(content)
         data: Any = ModelCard(content).data
     except Exception as error:  # the YAML parser does not raise ValueError
         return [f"README.md: its metadata cannot be parsed: {' '.join(str(error).split())}"]
@@ -188,6 +206,12 @@ def check_card(content: str, *, without_base_model: bool = False) -> list[str]:
         )
     elif data.license == "other" and not (data.license_name and data.license_link):
         problems.append("license other also needs `license_name` and `license_link`")
+    if data.license_link and not re.fullmatch(r"https?://[^\s<>\"]+|[\w.-]+", str(data.license_link)):
+        problems.append(f"license_link {data.license_link!r:.100} is neither a web address nor the name of a file")
+    for field, values in (("license_name", _as_list(data.license_name)), ("tag", _as_list(data.tags))):
+        problems += [
+            f"{field} {value!r:.100} is not plain text on one line" for value in values if not _is_plain(str(value))
+        ]
     base_model = _as_list(data.base_model)
     if not base_model and not without_base_model:
         problems.append(
@@ -234,10 +258,14 @@ def read_results(path: str | Path) -> list[EvalResult]:
             `metric_value`.
     """
     try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
+        values = read_json(path)
         if not isinstance(values, list):
             raise TypeError("it is not a list")
-        return [EvalResult(**value) for value in values]
+        results = [EvalResult(**value) for value in values]
+        for result in results:
+            if isinstance(result.metric_value, float) and not math.isfinite(result.metric_value):
+                raise ValueError(f"{result.metric_type} is {result.metric_value}")
+        return results
     except (TypeError, ValueError) as error:  # ValueError: also text that is not UTF-8 or JSON
         reason = str(error).replace("EvalResult.__init__() ", "")
         raise ValueError(
@@ -277,7 +305,11 @@ def _is_repo_id(name) -> bool:
 def _as_list(value) -> list:
     if value is None:
         return []
-    return [value] if isinstance(value, str) else list(value)
+    return list(value) if isinstance(value, (list, tuple)) else [str(value)]
+
+
+def _is_plain(text: str) -> bool:
+    return text.isprintable() and len(text) <= 100 and not re.search(r"[<>\[\]`|{}]", text)
 
 
 def read_config(folder: Path) -> LongVLMConfig:
@@ -304,7 +336,13 @@ def read_video_options(folder: Path) -> dict[str, Any]:
     path = folder / "processor_config.json"
     if not path.is_file():
         raise ValueError(f"{folder} has no processor_config.json: save the processor there as well")
-    return read_json_object(path).get("video_processor", {})
+    options = read_json_object(path).get("video_processor", {})
+    if not isinstance(options, dict):
+        raise ValueError(f'{path} is not that of a LongVLM: "video_processor" is no object')
+    frames = options.get("num_frames")
+    if frames is not None and not (isinstance(frames, int) and 1 <= frames <= MAX_FRAMES):
+        raise ValueError(f"{path} has num_frames {frames!r:.60}; it can be 1 to {MAX_FRAMES:,}")
+    return options
 
 
 def _describe(config) -> str:

@@ -5,6 +5,7 @@
 The folder itself is not changed. The checks run on exactly what is uploaded: a temporary folder of links with a card.
 """
 
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +21,7 @@ from huggingface_hub.utils import validate_repo_id
 
 import longvlm
 from longvlm.publishing import checks
+from longvlm.publishing.folder import collect_files
 from longvlm.publishing.model_card import (
     NO_BASE_MODEL,
     check_card,
@@ -35,8 +37,6 @@ Progress = Callable[..., None]  # progress(stage: str, done: int = 0, total: int
 CARD = "README.md"
 # Files of an earlier version on the Hub that would be loaded together with, or instead of, the new ones.
 REPLACED = ("*.safetensors", "*.safetensors.index.json", "*.py")
-# Never published: files that git, the Hub's client, Python and the Trainer keep for themselves.
-LEFT_OUT = (".*", "*/.*", "__pycache__/*", "*/__pycache__/*", "checkpoint-*/*", "runs/*")
 
 
 class NotReady(ValueError):
@@ -59,6 +59,7 @@ class Publication:
     sizes: dict[str, int]  # file in the repository -> bytes
     card: str
     warnings: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)  # files and folders that are not published, see `collect_files`
     deleted: list[str] = field(default_factory=list)  # files of an earlier version that the commit removed
     url: str | None = None  # of the repository or the pull request; None: nothing was uploaded
 
@@ -112,12 +113,15 @@ def publish(
     """
     progress = progress or (lambda stage, done=0, total=0: None)
     folder = _check_arguments(folder, repo_id, branch, create_pr)
+    found = collect_files(folder, exclude)
+    if found.problems:  # before any file is read
+        raise NotReady(found.problems)
+    files = found.files
     try:
         config = read_config(folder)
         read_video_options(folder)
     except ValueError as error:
         raise NotReady([str(error)]) from error
-    files = collect_files(folder, exclude)
     try:
         own_card = None if new_card or CARD not in files else files[CARD].read_text(encoding="utf-8")
     except UnicodeDecodeError:
@@ -160,6 +164,7 @@ def publish(
             sizes={name: path.stat().st_size for name, path in staged.items()},
             card=str(card),
             warnings=licence_warnings(card, config.to_dict()),
+            left_out=found.left_out,
         )
         if not dry_run:
             progress("uploading")
@@ -167,16 +172,6 @@ def publish(
             with _hub_errors_in_one_line(repo_id):
                 _upload(publication, staged, HfApi(token=token), private, branch, create_pr, message)
     return publication
-
-
-def collect_files(folder: Path, exclude: Sequence[str] = ()) -> dict[str, Path]:
-    """The files of a folder that are published: name in the repository -> local file."""
-    files = {}
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
-        if path.is_file() and not any(fnmatch(name, pattern) for pattern in (*LEFT_OUT, *exclude)):
-            files[name] = path
-    return files
 
 
 def _check_arguments(folder: str | Path, repo_id: str, branch: str | None, create_pr: bool) -> Path:
@@ -189,6 +184,8 @@ def _check_arguments(folder: str | Path, repo_id: str, branch: str | None, creat
         raise ValueError(f"`repo_id` {repo_id!r}: {error}") from None
     if "/" not in repo_id:
         raise ValueError(f"`repo_id` {repo_id!r} must be USER/NAME or ORGANISATION/NAME")
+    if branch is not None and not re.fullmatch(r"(?!.*(\.\.|//))\w[\w./-]*", branch):
+        raise ValueError(f"`branch` {branch!r:.100} cannot be the name of a branch")
     if branch is not None and create_pr:
         raise ValueError(f"`branch` {branch} and `create_pr` exclude each other: a pull request targets main")
     return folder

@@ -4,13 +4,14 @@ Every field is one option of `longvlm train`; transformers' `TrainingArguments` 
 """
 
 import difflib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-import yaml
 from transformers import HfArgumentParser, TrainingArguments
+
+from longvlm.files import parse_yaml
 
 MODES = ("projector", "lora", "full")
 # Options that have another name by now -> what to write instead.
@@ -110,6 +111,9 @@ class TuningArguments:
             raise ValueError(f"`merge_lora` needs `train` lora, not {self.train}")
 
 
+OWN = {own.name for options in (ModelArguments, DataArguments, TuningArguments) for own in fields(options)}
+
+
 def parse_arguments(arguments: list[str]) -> tuple[ModelArguments, DataArguments, TuningArguments, TrainingArguments]:
     """
     Reads the options of a training.
@@ -154,7 +158,13 @@ def _options_of(file: str, parser: HfArgumentParser) -> dict[str, Any]:
             close = difflib.get_close_matches(name, known, 1)
             hint = f"; did you mean {close[0]}?" if close else ""
             raise ValueError(f"{file}: {name} is not a training option{hint}")
-        known[name].required = False
+        known[name].required = known[name].required and config[name] is None
+        if (
+            isinstance(config[name], (list, dict))
+            and known[name].nargs is None
+            and known[name].type in (str, int, float)
+        ):
+            raise ValueError(f"{file}: {name} must be a single value, not {config[name]!r:.60}")
         if known[name].nargs == "+" and known[name].type in (str, int, float) and config[name] is not None:
             config[name] = _as_list(config[name], known[name], f"{file}: {name}")
     return config
@@ -180,12 +190,7 @@ def _as_list(value: Any, option: Any, where: str) -> list:
 
 
 def _read_config(file: str) -> dict[str, Any]:
-    try:
-        config = yaml.safe_load(Path(file).read_text(encoding="utf-8"))  # JSON is YAML
-    except UnicodeDecodeError:
-        raise ValueError(f"{file} is not a text file, so it cannot be YAML") from None
-    except yaml.YAMLError as error:
-        raise ValueError(f"{file} is not YAML: {' '.join(str(error).split())}") from None
+    config = parse_yaml(Path(file).read_bytes(), file)  # JSON is YAML
     if not isinstance(config, dict):
         raise ValueError(f"{file} must hold options, one per line, as name: value")
     return config

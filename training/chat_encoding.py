@@ -130,6 +130,8 @@ def _refusals_as_bad_rows() -> Iterator[None]:
         if isinstance(error.__cause__, TemplateError):
             raise BadRow("refused by the chat template", " ".join(str(error.__cause__).split())) from None
         raise
+    except (OverflowError, RecursionError) as error:  # a range or a nesting that the sandbox does not allow
+        raise BadRow("refused by the chat template", " ".join(str(error).split())) from None
 
 
 def _render(processor, messages: list[dict], template: str) -> tuple[str, list[tuple[int, int]]]:

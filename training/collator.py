@@ -119,8 +119,10 @@ class LongVLMDataCollator:
     def _encode_features(self, features: list[list[LongVLMVideoFeatures]]) -> tuple[dict[str, Any], list[list[int]]]:
         counts = [[self.processor.count_video_tokens(video)[0] for video in row] for row in features]
         joined = LongVLMVideoFeatures.cat(video for row in features for video in row)
-        # A plain dict: pinning a batch's memory updates a copy of each mapping, which a ModelOutput refuses.
-        return {"video_features": dict(joined)}, counts
+        # A plain dict: pinning a batch's memory updates a copy of each mapping, which a ModelOutput refuses. Without
+        # facts about the videos: the model does not need them, and not every device has their float64.
+        needed = {"local_features": joined.local_features, "global_features": joined.global_features}
+        return {"video_features": needed}, counts
 
 
 __all__ = ["LongVLMDataCollator"]

@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 from longvlm.features.failures import read_failed
 from longvlm.features.store import FeatureReader
 from longvlm.features.videos import VIDEO_SUFFIXES, window_name
-from longvlm.files import atomic_write
+from longvlm.files import atomic_write, read_json
 from longvlm.modeling_longvlm.pipeline_inputs_longvlm import without_decoding
 from longvlm.modeling_longvlm.plain_numbers import real_number
 from longvlm.processing.video_sources import VideoSource, encoded_video
@@ -31,6 +31,7 @@ from longvlm.training.formats import BadRow, as_messages, videos_in, without_vid
 
 # The released code's data files name feature files where others name videos.
 FEATURE_SUFFIXES = (".pkl",)
+MAX_WEIGHT = 1000  # of a source; its rows are listed so many times
 WINDOW = ("video_start", "video_end")
 
 
@@ -164,9 +165,9 @@ def build_dataset(
         ValueError: a source cannot be read at all, or no row is left.
     """
     weights = [1.0] * len(sources) if weights is None else [real_number("weights", weight, 0) for weight in weights]
-    if len(weights) != len(sources):
+    if len(weights) != len(sources) or max(weights, default=0) > MAX_WEIGHT:
         raise ValueError(
-            f"{len(weights)} weights for {len(sources)} sources ({weights}); give each one weight of at least 0"
+            f"{len(weights)} weights for {len(sources)} sources ({weights}); each needs one, from 0 to {MAX_WEIGHT}"
         )
     readers = [
         one if isinstance(one, FeatureReader) else FeatureReader(one, num_global_layers=processor.num_global_tokens)
@@ -246,9 +247,9 @@ def _open_source(source: Any) -> tuple[Iterator[tuple[str, Any]], int, Any]:
         return _read_lines(path), total, None
     if suffix == ".json":
         try:
-            rows = json.loads(path.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is not JSON: {error}; a file of one object per line must be .jsonl") from None
+            rows = read_json(path)
+        except ValueError as error:
+            raise ValueError(f"{error}; a file of one object per line must be .jsonl") from None
         if not isinstance(rows, list):
             raise ValueError(f"{path} must hold a list of rows, not {type(rows).__name__}")
         return _named(path.name, rows), len(rows), None
@@ -268,7 +269,7 @@ def _read_lines(path: Path) -> Iterator[tuple[str, Any]]:
                 continue
             try:
                 yield f"{path.name}, line {number}", json.loads(line)
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            except (ValueError, RecursionError) as error:
                 yield f"{path.name}, line {number}", BadRow("bad line", f"it is not JSON: {error}")
 
 

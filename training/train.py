@@ -6,8 +6,10 @@
 
 import json
 import os
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from transformers import TrainingArguments, set_seed
@@ -76,7 +78,8 @@ def train(
         processing_class=processor,
         save_projector_file=tuning.train == "projector",
     )
-    trainer.train(resume_from_checkpoint=resume)
+    with _errors_of_workers_as_their_own():
+        trainer.train(resume_from_checkpoint=resume)
     _save_result(trainer, merge_lora=tuning.merge_lora)
     return trainer
 
@@ -93,9 +96,10 @@ def _checkpoint_to_resume(training: TrainingArguments) -> str | None:
                 "`resume_from_checkpoint` auto, or give another `output_dir`"
             )
         return None
+    requested = str(requested)
     if last_whole_checkpoint(Path(requested).parent) is None or not (Path(requested) / "trainer_state.json").is_file():
         raise ValueError(f"`resume_from_checkpoint` {requested} is not a complete checkpoint")
-    return str(requested)
+    return requested
 
 
 def _load_parts(arguments: ModelArguments, training: TrainingArguments):
@@ -158,6 +162,18 @@ def _build_datasets(
             report.save(Path(training.output_dir) / (REPORT if name == "train" else f"{name}_{REPORT}"))
             print(f"{name} data: {report}", file=sys.stderr)
     return datasets
+
+
+@contextmanager
+def _errors_of_workers_as_their_own() -> Iterator[None]:
+    """An error in a worker of the `DataLoader` comes with that process's traceback as its message; not ours."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        lines = str(error).strip().splitlines()
+        if not lines or not re.match(r"Caught \w+ in DataLoader worker", lines[0]):
+            raise
+        raise type(error)(re.sub(r"^[\w.]+: ", "", lines[-1])) from error
 
 
 def _save_result(trainer: LongVLMTrainer, *, merge_lora: bool) -> None:

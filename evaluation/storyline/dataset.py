@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from longvlm.files import atomic_write
+from longvlm.files import atomic_write, read_json_object
 
 from .questions import KINDS, make_questions
 from .story import NUM_EVENTS, SPLITS, Story, make_story, story_seed
@@ -171,7 +171,7 @@ def _claim(folder: Path, settings: dict[str, Any]) -> None:
     """Marks the folder as this benchmark's, or checks that it is."""
     file = folder / SETTINGS
     if file.exists():
-        there = json.loads(file.read_text(encoding="utf-8"))
+        there = read_json_object(file)
         for name in settings:
             if there.get(name) != settings[name]:
                 raise ValueError(

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 LONGEST = 600  # characters
+JOINERS = "\u200c\u200d"  # of Persian, Hindi and emoji; they do nothing else
 
 
 def exit_code_for(error: BaseException, command: Any, arguments: Sequence[str]) -> int:
@@ -46,10 +47,14 @@ def exit_code_for(error: BaseException, command: Any, arguments: Sequence[str]) 
 
 
 def one_line(error: BaseException | str) -> str:
-    """The message without line breaks; for an error that wraps another, the inner one."""
+    """The message without line breaks and control characters; for an error that wraps another, the inner one."""
     if type(error).__name__.startswith("StrictDataclass"):
         error = getattr(error, "__cause__", None) or error
     text = " ".join(str(error).replace("Value error, ", "").split()) or type(error).__name__
+    if isinstance(error, MemoryError):
+        text = f"there is not enough memory ({text})"
+    # Names of files may hold anything, such as what recolours a terminal.
+    text = "".join(c if c.isprintable() or c in JOINERS else c.encode("unicode_escape").decode() for c in text)
     # The remedy is at the end.
     return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
 
@@ -68,6 +73,10 @@ def name_flags(text: str, command: Any, arguments: Sequence[str]) -> str:
 def _is_users(error: BaseException) -> bool:
     """Whether a user can cause (and cure) this error."""
     if isinstance(error, (ValueError, OSError, ImportError)):  # also VideoDecodeError, and those of huggingface_hub
+        return True
+    if isinstance(error, RecursionError) and "JSON" in str(error):  # a file of a checkpoint, nested too deeply
+        return True
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error)):
         return True
     names = {kind.__name__ for kind in type(error).__mro__}
     return bool(names & {"StrictDataclassError", "OutOfMemoryError", "HfHubHTTPError", "SafetensorError"})

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from longvlm_cli.errors import one_line
 from longvlm_cli.options import Progress, Quiet, silence_libraries
 
 
@@ -87,6 +88,8 @@ def publish_command(
     )
     for warning in publication.warnings:
         print(f"longvlm: warning: {warning}", file=sys.stderr)
+    if publication.left_out:
+        print(f"left out: {one_line(', '.join(publication.left_out))}", file=sys.stderr)
     if dry_run:
         _show(publication)
         return

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -219,6 +220,30 @@ def test_progress_is_told_after_each_video_read_or_not(videos, tmp_path):
     calls = []
     extract_features([videos], tmp_path, model=model, processor=processor, progress=lambda *call: calls.append(call))
     assert calls == [("encode", done, 6) for done in range(1, 7)]
+
+
+def test_windows_of_a_video_lie_in_one_folder_under_names_of_their_own(videos, tmp_path):
+    model, processor = tiny_longvlm()
+    extract = partial(extract_features, [videos / "v_3.mp4"], tmp_path / "out", model=model, processor=processor)
+    wholes = extract()
+    for start, end in ((0.5, 1.5), (0.5, None), (None, 1)):
+        report = extract(video_options={"video_start": start, "video_end": end})
+        assert (report.encoded, report.there_before, report.failed) == (1, 0, 0)
+    assert wholes.encoded == 1 and extract().there_before == 1
+    assert extract(video_options={"video_start": 0.5, "video_end": 1.50}).there_before == 1
+    reader = FeatureReader(tmp_path / "out")
+    assert {name: reader.window(name) for name in reader} == {
+        "v_3": None,
+        "v_3@0.5-1.5": (0.5, 1.5),
+        "v_3@0.5-": (0.5, None),
+        "v_3@0-1": (None, 1.0),
+    }
+    part = reader["v_3@0.5-1.5"]
+    assert part.window == (0.5, 1.5) and 0.5 <= part.segment_seconds.min() <= part.segment_seconds.max() < 1.5
+    # A file may be called like a window of another one.
+    write_video(tmp_path / "v_3@0-1.mp4", 8)
+    with pytest.raises(ValueError, match='holds another part of a video under the name "v_3@0-1"; rename that video'):
+        extract_features([tmp_path / "v_3@0-1.mp4"], tmp_path / "out", model=model, processor=processor)
 
 
 def test_failures_are_read_as_written_and_a_damaged_list_is_told(tmp_path):

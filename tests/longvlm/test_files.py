@@ -1,6 +1,7 @@
-"""Files are written whole or not at all; JSON files of something else end in one line that names the file."""
+"""Files are written whole or not at all; JSON and YAML of something else end in one line that names the file."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,10 +10,22 @@ import pytest
 
 from longvlm.conversion.llava import convert_llava
 from longvlm.conversion.to_original import convert_to_original
-from longvlm.files import atomic_write, check_free, output_folder, read_json_object
+from longvlm.files import atomic_write, check_free, output_folder, parse_yaml, read_json, read_json_object
 from longvlm.publishing.model_card import read_config
 
-WRONG = {"a list": b"[]", "text": b'"x"', "no JSON": b"{", "not UTF-8": b"\xff\xfe\x00", "empty": b""}
+WRONG = {
+    "a list": b"[]",
+    "text": b'"x"',
+    "no JSON": b"{",
+    "not UTF-8": b"\xff\xfe\x00",
+    "empty": b"",
+    "nested too deeply": b"[" * 10**5,
+    "an object nested too deeply": b'{"a": ' * 10**5 + b"1" + b"}" * 10**5,
+    "a number of too many digits": b'{"model_type": "longvlm", "x": ' + b"9" * 5000 + b"}",
+    "NUL": b"\0" * 100,
+    "a mark of UTF-8": b"\xef\xbb\xbf{}",  # transformers does not read it either
+    "UTF-16": "{}".encode("utf-16"),
+}
 
 
 @pytest.mark.parametrize("content", WRONG.values(), ids=WRONG.keys())
@@ -158,3 +171,46 @@ def test_the_current_folder_is_not_replaced_even_if_it_is_empty(tmp_path, monkey
     with pytest.raises(ValueError, match="current folder"), output_folder("."):
         pass
     assert Path.cwd() == tmp_path
+
+
+def test_files_of_users_may_have_any_unicode_encoding(tmp_path):
+    for encoding in ("utf-8", "utf-8-sig", "utf-16", "utf-32"):
+        (tmp_path / "rows.json").write_text('["größer"]', encoding=encoding)
+        assert read_json(tmp_path / "rows.json") == ["größer"]
+
+
+BAD_YAML = {
+    "nested too deeply": (b"[" * 50_000, "nested too deeply to be read as YAML"),
+    "a mapping nested too deeply": (b"{a: " * 50_000, "nested too deeply to be read as YAML"),
+    "a bomb": (
+        b"a: &a [x, x, x, x, x, x, x, x, x]\n"
+        + b"".join(b"%c: &%c [%s]\n" % (c, c, b", ".join([b"*%c" % (c - 1)] * 9)) for c in range(ord("b"), ord("k"))),
+        "aliases that make more than 100,000 values; write them out",
+    ),
+    "an alias of itself": (b"a: &a [1, *a]", "an alias stands within what it names"),
+    "a tag that makes an object": (b"a: !!python/object/apply:os.system [true]", "could not determine a constructor"),
+    "a tag of its own": (b"a: !include /etc/passwd", "could not determine a constructor"),
+    "a key twice": (b"a: 1\nb: 2\na: 3", "'a' is there 2 times; leave the others out"),
+    "a date that cannot be": (b"a: 2026-99-99", "is not YAML: month must be in 1..12"),
+    "a number of too many digits": (b"a: " + b"9" * 5000, "is not YAML: Exceeds the limit"),
+    "NUL": (b"a: \0", "special characters are not allowed"),
+    "not text": (b"a: \xff\xfe", "is not YAML: unacceptable character #x00ff"),
+    "two documents": (b"a: 1\n---\nb: 2", "expected a single document"),
+    "too much": (b"a: 1 # " + b"x" * 2**18, "has 262,151 characters; the limit for YAML is 262,144"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_YAML)
+def test_yaml_that_is_none_or_too_much_is_one_line_that_names_the_file(case):
+    content, reason = BAD_YAML[case]
+    with pytest.raises(ValueError, match=re.escape(reason)) as error:
+        parse_yaml(content, "my/options.yaml")
+    assert str(error.value).startswith("my/options.yaml ") and "\n" not in str(error.value)
+    assert len(str(error.value)) < 400
+
+
+def test_yaml_within_bounds_is_read():
+    assert parse_yaml(b"a: &a [1, x]\nb: *a\nc: {<<: {d: 2}}", "x") == {"a": [1, "x"], "b": [1, "x"], "c": {"d": 2}}
+    assert parse_yaml("a: größer".encode("utf-16"), "x") == parse_yaml("a: größer", "x") == {"a": "größer"}
+    assert parse_yaml(b"# nothing", "x") is None
+    assert parse_yaml(b"\xef\xbb\xbf" + b'{"a": [1, null]}', "x") == {"a": [1, None]}

@@ -420,6 +420,78 @@ def test_folder_is_refused_and_the_message_says_where(case, hub, quick, folder):
     assert not any("\n" in problem or "aB3" in problem or "secret" in problem for problem in refused.value.problems)
 
 
+LINKS = {
+    "to a file of the system": "/etc/hostname",
+    "to a file beside the folder": "../secret.txt",
+    "through a link in the folder": "inner",
+    "to nothing": "gone.txt",
+    "in a circle": "notes.md",
+    "to a device": "/dev/zero",
+    "through /proc": "/proc/self/cwd/secret.txt",
+}
+
+
+@pytest.mark.parametrize("case", LINKS)
+@pytest.mark.parametrize("name", ["notes.md", "more/notes.md", "config.json"])
+def test_a_link_that_leads_out_of_the_folder_is_refused_by_name(case, name, hub, quick, folder, capfd):
+    (folder.parent / "secret.txt").write_text("my secret")
+    (folder / "inner").symlink_to(folder.parent / "secret.txt")
+    (folder / "more").mkdir()
+    target = name if case == "in a circle" else LINKS[case]
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(f"../{target}" if name.startswith("more/") and target[0] not in "/" else target)
+    arguments = (folder, "--repo-id", "me/x", *CARD_OPTIONS, "--quiet", "--exclude", "inner")
+    code, out, err = command(capfd, *arguments, "--dry-run")
+    assert code == 2 and out == "" and "secret" not in err.replace("secret.txt", "")
+    assert err == (
+        f"longvlm: error: {name} is a link that leads out of the folder, or nowhere: put the file itself there, or "
+        f"leave it out with --exclude {name}\n"
+    )
+    if name != "config.json":
+        code, out, err = command(capfd, *arguments, "--exclude", name)
+        assert code == 0 and err.startswith("left out: inner, ") and name not in hub.repos["me/x"].branches["main"]
+
+
+def test_links_within_the_folder_and_within_a_hub_cache_are_followed(hub, quick, folder, tmp_path):
+    (folder / "LICENCE").write_text("MIT")
+    (folder / "LICENSE").symlink_to("LICENCE")
+    model = tmp_path / "hub" / "models--me--y"
+    snapshot = model / "snapshots" / "0123abc"
+    snapshot.mkdir(parents=True)
+    (model / "blobs").mkdir()
+    for number, file in enumerate(sorted(folder.iterdir())):
+        shutil.copyfile(file, model / "blobs" / f"{number:040}")
+        (snapshot / file.name).symlink_to(f"../../blobs/{number:040}")
+    for source in (folder, snapshot):
+        publish(source, "me/x", **CARD)
+        arrived = {name: data for name, data in hub.repos["me/x"].branches["main"].items() if name != "README.md"}
+        arrived.pop(".gitattributes")
+        assert arrived == contents(folder)
+    # Another model of the same cache is none of this one's.
+    other = tmp_path / "hub" / "models--me--private" / "blobs"
+    other.mkdir(parents=True)
+    (other / "9").write_text("private")
+    (snapshot / "notes.md").symlink_to("../../../models--me--private/blobs/9")
+    with pytest.raises(NotReady, match=r"notes.md is a link that leads out of the folder"):
+        publish(snapshot, "me/x", **CARD)
+
+
+def test_what_is_left_out_is_named(hub, quick, folder, capfd):
+    for name in (".env", ".git/config", ".git/objects/0", "runs/1/events", "checkpoint-5/model.safetensors"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("x")
+    for name in ("more/.hidden", "more/kept.md", "drafts/a.md", "drafts/b.md", "notes\x1b[31m.md"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("x")
+    (folder / "latest").symlink_to("checkpoint-5")
+    os.mkfifo(folder / "pipe.md")
+    excluded = ("--exclude", "drafts/*", "--exclude", "notes*")
+    code, out, err = command(capfd, folder, "--repo-id", "me/x", *CARD_OPTIONS, *excluded, "--quiet", "--dry-run")
+    named = ".env, .git/, checkpoint-5/, drafts/, latest, more/.hidden, notes\\x1b[31m.md, pipe.md, runs/"
+    assert code == 0 and err == f"left out: {named}\n"
+    assert "  more/kept.md\n" in out and not any(name in out for name in ("latest", "drafts", "hidden", "pipe.md"))
+
+
 def test_words_of_a_vocabulary_and_addresses_are_no_paths(hub, quick, folder):
     write("vocab.json", json.dumps({"/home/me/x": 0, "/usr/lib": 1}))(folder)
     note("see https://example.org/data/home/me and <video> USER:\\nA: /10")(folder)

@@ -306,6 +306,19 @@ def test_features_that_do_not_fit_are_refused(world, tmp_path):
         run(world, tmp_path / "out", train_vision_tower=True)
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_training_stops_at_damaged_features_with_one_line(world, tmp_path, workers):
+    shutil.copytree(world / "features", tmp_path / "features")
+    (shard,) = (tmp_path / "features").glob("*.safetensors")
+    damaged = bytearray(shard.read_bytes())
+    damaged[-3] ^= 16
+    shard.write_bytes(damaged)
+    options = {"features": [str(tmp_path / "features")], "dataloader_num_workers": workers}
+    with pytest.raises(ValueError, match=r'^[^ ]*\.safetensors: the features of the video "." are damaged') as error:
+        run(world, tmp_path / "out", max_steps=8, **options)
+    assert "remove this file and run what made it again" in str(error.value) and "\n" not in str(error.value)
+
+
 def test_features_of_other_frames_are_trained_on_when_their_options_are_given(world, tmp_path):
     model = LongVLMForConditionalGeneration.from_pretrained(world / "model")
     processor, folder = LongVLMProcessor.from_pretrained(world / "model"), tmp_path / "features"

@@ -6,8 +6,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from longvlm.checkpoint_faults import naming_files
-from longvlm.conversion.foreign import check_size, reading
+from longvlm.checkpoint_faults import check_size, naming_files
 from longvlm.conversion.hub import short_name
 from longvlm.conversion.parts import LanguagePart
 
@@ -32,12 +31,12 @@ def load_language(
         if not path.is_file():
             raise ValueError(f"{path} does not exist")
         source, gguf_file = path.parent, path.name
-    read = path if path.is_file() else source
+    read = path if path.is_file() else source  # next to a GGUF file, anything may lie
     options: dict[str, Any] = {"trust_remote_code": False}  # else transformers asks for permission to run code
     if gguf_file is not None:
         options["gguf_file"] = gguf_file
     # Checked before the weights are loaded, which costs minutes and gigabytes.
-    with reading(read), naming_files(source, "config.json"):
+    with naming_files(read, "config.json"):
         config = AutoConfig.from_pretrained(source, **options)
     check_size(config, str(source))
     if config.get_text_config() is not config:
@@ -45,9 +44,9 @@ def load_language(
             f"{source} is a {config.model_type} model with parts of its own, not a plain language model; "
             "give the causal language model alone"
         )
-    with reading(read), naming_files(source, "tokenizer"):
+    with naming_files(read, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-    with reading(read), naming_files(source, "weights"):
+    with naming_files(read, "weights"):
         model, info = AutoModelForCausalLM.from_pretrained(
             source,
             dtype=dtype or (torch.float32 if gguf_file else "auto"),

@@ -24,10 +24,10 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
+from longvlm.checkpoint_faults import check_size, naming_files
 from longvlm.conversion.assemble import join
 from longvlm.conversion.checks import check_projector, check_text, check_video, probe
 from longvlm.conversion.delta import DeltaSum, is_delta
-from longvlm.conversion.foreign import check_size, reading
 from longvlm.conversion.hub import local_folder, short_name
 from longvlm.conversion.key_maps import (
     LLAVA_ORIGINAL,
@@ -172,7 +172,7 @@ def _describe(folder: Path, name: str) -> _Checkpoint:
     values = read_json_object(file)
     kind = values.get("model_type")
     if kind == "llava" and "vision_config" in values:
-        with reading(folder):
+        with naming_files(folder, "config.json"):
             config = LlavaConfig.from_pretrained(folder)
         check_size(config, name)
         return _describe_transformers(folder, name, config)
@@ -205,7 +205,7 @@ def _describe_original(folder: Path, name: str, values: dict[str, Any]) -> _Chec
     known = config_class().to_dict().keys() | {"rope_theta", "rope_scaling"}
     # The rest is LLaVA's own, or about how it was trained and saved.
     left_out = {"model_type", "architectures", "transformers_version", "_name_or_path", "torch_dtype", "dtype"}
-    with reading(folder):
+    with naming_files(folder, "config.json"):
         text_config = config_class(**{key: value for key, value in values.items() if key in known - left_out})
     check_size(text_config, name)
     layer = values.get("mm_vision_select_layer", -2)
@@ -238,7 +238,7 @@ def _language_part(checkpoint: _Checkpoint, weights: Mapping[str, torch.Tensor],
     model, info = _load(model_class, config, state, dtype or weights[EMBEDDINGS].dtype)
     _refuse_gaps(info, name, model_class.__name__)
     if (checkpoint.folder / "generation_config.json").is_file():
-        with reading(checkpoint.folder):
+        with naming_files(checkpoint.folder, "generation_config.json"):
             model.generation_config = GenerationConfig.from_pretrained(checkpoint.folder)
         # Vicuna's sets temperature and top_p without sampling, which transformers refuses to save.
         if not model.generation_config.do_sample:
@@ -248,7 +248,7 @@ def _language_part(checkpoint: _Checkpoint, weights: Mapping[str, torch.Tensor],
 
 def _tokenizer(checkpoint: _Checkpoint) -> PreTrainedTokenizerBase:
     folder = checkpoint.folder
-    with reading(folder):
+    with naming_files(folder, "tokenizer"):
         if not checkpoint.is_original:
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         else:

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from transformers import CONFIG_MAPPING, GenerationConfig, LlamaConfig
 
+from longvlm.checkpoint_faults import check_size, naming_files
 from longvlm.conversion.checks import check_forward, check_projector, check_tensors, refuse_differences
 from longvlm.conversion.delta import DeltaSum, is_delta
-from longvlm.conversion.foreign import check_size, reading
 from longvlm.conversion.hub import local_folder, short_name
 from longvlm.conversion.key_maps import LLM, MM_PROJECTOR, ORIGINAL, PROJECTOR, VISION, first_few, map_names
 from longvlm.conversion.original_features import LAYOUTS, layout_of_file
@@ -318,7 +318,7 @@ def _choose_layout(layout: str | None, feature_file: str | Path | None) -> str:
 
 def _tokenizer_for(folder: Path, tensors: dict[str, _LazyTensor]):
     """The tokenizer with the three video tokens, and their ids: the last rows of the embedding table."""
-    with reading(folder):
+    with naming_files(folder, "tokenizer"):
         tokenizer = load_original_tokenizer(folder)
     before = len(tokenizer)
     ids = add_tokens(tokenizer, VIDEO_TOKENS)
@@ -355,7 +355,7 @@ def _text_config(folder: Path, tensors: dict[str, _LazyTensor]) -> LlamaConfig:
     if missing:
         raise ValueError(f"{file} is missing {first_few(missing)}; give the folder of a complete LLaMA")
     fields = {name: values[name] for name in LLAMA_FIELDS if values.get(name) is not None}
-    with reading(folder):
+    with naming_files(folder, "config.json"):
         config = LlamaConfig(**fields, vocab_size=tensors[EMBEDDINGS].info.shape[0], tie_word_embeddings=False)
     check_size(config, str(folder))
     return config
@@ -379,7 +379,7 @@ def _save_rest(folder: Path, config: LongVLMConfig, llm: Path, processor: LongVL
         model = LongVLMForConditionalGeneration(config)
     save_code_and_config(model, folder)
     if (llm / "generation_config.json").is_file():
-        with reading(llm):
+        with naming_files(llm, "generation_config.json"):
             generation = GenerationConfig.from_pretrained(llm)
     else:
         generation = GenerationConfig.from_model_config(config.text_config)

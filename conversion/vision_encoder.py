@@ -19,8 +19,7 @@ from transformers.image_utils import (
 )
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
-from longvlm.checkpoint_faults import naming_files
-from longvlm.conversion.foreign import check_size, reading
+from longvlm.checkpoint_faults import check_size, naming_files
 from longvlm.conversion.hub import short_name
 from longvlm.conversion.openclip_vision import PREFIX, load_open_clip_by_name
 from longvlm.conversion.parts import VisionPart
@@ -42,14 +41,12 @@ def load_vision(source: str | Path, *, dtype: torch.dtype | None = None) -> Visi
     """
     if str(source).startswith(PREFIX):
         return load_open_clip_by_name(str(source), dtype=dtype)
-    with (
-        reading(source),
-        naming_files(source, "config.json"),
-    ):  # without trust_remote_code, transformers would ask for permission to run code
+    # Without trust_remote_code, transformers would ask for permission to run code.
+    with naming_files(source, "config.json"):
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     check_size(config, str(source))
     tower = _tower_config(config, str(source))
-    with reading(source), naming_files(source, "weights"), torch.random.fork_rng(devices=[]):
+    with naming_files(source, "weights"), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         # Not AutoModel.from_pretrained: it would build the whole CLIP, text tower included.
         model, info = MODEL_MAPPING[type(tower)].from_pretrained(
@@ -100,12 +97,12 @@ def untrained_vision(config: str | Path | dict, *, dtype: torch.dtype | None = N
         raise ValueError('`vision_config` has no "model_type"; add one, for example "clip_vision_model"')
     if model_type not in CONFIG_MAPPING:
         raise ValueError(f'`vision_config` has the model_type "{model_type!s:.60}", unknown to transformers')
-    with reading(f"`vision_config` ({name})"):
+    with naming_files(f"`vision_config` ({name})", "settings"):
         vision_config = AutoConfig.for_model(model_type, **values)
     check_size(vision_config, f"`vision_config` ({name})")
     vision_config = _tower_config(vision_config, name)
     dtype = dtype or torch.float32
-    with reading(f"`vision_config` ({name})"), torch.random.fork_rng(devices=[]):
+    with naming_files(f"`vision_config` ({name})", "settings"), torch.random.fork_rng(devices=[]):
         with torch.device("meta"):
             size = sum(weight.numel() for weight in AutoModel.from_config(vision_config).parameters()) * dtype.itemsize
         if size > (free := psutil.virtual_memory().available):

@@ -1,5 +1,9 @@
-"""Says which file of a checkpoint is damaged. The errors of the libraries name a place in a file, and not the file."""
+"""
+Models of others, as transformers reads them: what is raised on a file of theirs becomes one line that names the file.
+The errors of the libraries name a place in a file, and not the file.
+"""
 
+import pickle
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -7,23 +11,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedConfig
 from transformers.utils import cached_file
 
-from longvlm.files import read_json_object
+from longvlm.files import check_regular, read_json_object
 
 # Objects in JSON, all small. The tokenizer's own files are larger, and read only once something has failed.
-SETTINGS = (
-    "adapter_config.json",
-    "added_tokens.json",
-    "chat_template.json",
-    "config.json",
-    "generation_config.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "special_tokens_map.json",
-    "tokenizer_config.json",
-    "video_preprocessor_config.json",
-)
+SETTINGS = ("*config.json", "added_tokens.json", "chat_template.json", "special_tokens_map.json")
 TOKENIZERS = (
     "tokenizer.json",
     "tokenizer.model",
@@ -33,6 +27,7 @@ TOKENIZERS = (
     "sentencepiece.bpe.model",
 )
 OTHER_VIDEO_PROCESSORS = ("video_preprocessor_config.json", "preprocessor_config.json")
+MAX_LAYERS = 10_000
 REMEDY = "copy, download or save the checkpoint again"
 
 
@@ -40,14 +35,32 @@ def check_settings(folder: Path) -> None:
     """Reads the small files: without that, transformers goes on without a generation_config.json that is damaged.
 
     Raises:
-        ValueError: one of them is damaged.
+        ValueError: one of them is damaged; or something in the folder is neither file nor folder, and might never end.
     """
-    for name in SETTINGS:
-        if (folder / name).is_file():
-            _read_object(folder / name)
+    for path in folder.iterdir():
+        if not path.is_dir():
+            check_regular(path)
+    for pattern in SETTINGS:
+        for file in sorted(folder.glob(pattern)):
+            _read_object(file)
     for file in [folder / "chat_template.jinja", *sorted(folder.glob("additional_chat_templates/*.jinja"))]:
         if file.is_file():
             _check_template(file)
+
+
+def check_size(config: PreTrainedConfig, name: str) -> None:
+    """
+    Refuses what only a damaged or hostile configuration asks for, before time or memory is spent on it.
+
+    Raises:
+        ValueError: too many layers.
+    """
+    for part in (config, *(getattr(config, key, None) for key in config.sub_configs)):
+        layers = getattr(part, "num_hidden_layers", None)
+        if isinstance(layers, int) and layers > MAX_LAYERS:
+            raise ValueError(
+                f"{name} has {layers:,} layers, says its configuration; at most {MAX_LAYERS:,} are loaded"
+            )
 
 
 def check_files(folder: Path) -> None:
@@ -111,15 +124,28 @@ def naming_files(
     Raises:
         ValueError: in place of all errors, except missing packages and too little memory, which pass.
     """
+    if not str(source) or "\0" in str(source):
+        raise ValueError(f"{str(source)!r} is neither a folder nor a Hub id")
+    if Path(source).is_dir():
+        check_settings(Path(source))
     try:
         yield
     except (ImportError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # foreign files can cause any
+        reason = " ".join(str(error).split())
+        if "trust_remote_code" in reason:
+            raise ValueError(f"{source} needs code of its own, and foreign code is not run here") from error
         folder = local_folder(source, where)
         if folder is not None:
             check(folder)
-        reason = " ".join(str(error).split())
+        if isinstance(error, pickle.UnpicklingError):
+            raise ValueError(
+                f"{source} holds a pickle of more than tensors, or a damaged one, and is not read: a pickle can run "
+                "code; save the weights as safetensors"
+            ) from error
+        if "ignore_mismatched_sizes" in reason:
+            raise ValueError(f"{source}: its weights do not have the shapes that its config.json says") from error
         if isinstance(error, (ValueError, OSError)) and str(source) in reason:
             raise
         kind = "" if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: "
@@ -128,6 +154,8 @@ def naming_files(
 
 def local_folder(source: str | Path, where: Mapping[str, Any] | None = None) -> Path | None:
     """Where the files of a folder or Hub id are on this machine, if they are."""
+    if Path(source).is_dir():
+        return Path(source)
     options = {**(where or {}), "local_files_only": True, "force_download": False}
     for name in ("config.json", "adapter_config.json"):
         try:
@@ -171,4 +199,4 @@ def _check_tokenizer(file: Path) -> None:
         raise ValueError(f"{file} is not a tokenizer: {error}; {REMEDY}") from None
 
 
-__all__ = ["check_files", "check_processor_files", "check_settings", "local_folder", "naming_files"]
+__all__ = ["check_files", "check_processor_files", "check_settings", "check_size", "local_folder", "naming_files"]

@@ -288,7 +288,7 @@ COMMANDS = {
         "bytes of weights; there is",
     ),
     "assemble: an encoder of no width": (untrained(hidden_size="wide"), "'hidden_size' expected int, got str"),
-    "assemble: an encoder without heads": (untrained(num_attention_heads=0), "(encoder) cannot be read"),
+    "assemble: an encoder without heads": (untrained(num_attention_heads=0), "(encoder) cannot be used"),
     "assemble: an encoder of no kind": (untrained(model_type="magic"), 'model_type "magic", unknown to transformers'),
     "assemble: huge pictures": (assemble(LLM, CLIP, "--image-size", 10**6), "it can be 1 to 4096 pixels"),
     "convert: an address": (

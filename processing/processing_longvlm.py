@@ -314,6 +314,14 @@ class LongVLMProcessor(ProcessorMixin):
 
     def _tokenize(self, texts: list[str], **text_kwargs) -> dict[str, Any]:
         tokenizer = self.tokenizer
+        for sample in texts:
+            try:
+                sample.encode()
+            except UnicodeEncodeError as error:
+                raise ValueError(
+                    f"the text is not valid Unicode (a lone surrogate at character {error.start}): it was read with "
+                    "the wrong encoding; give it as UTF-8"
+                ) from None
         if any(ESCAPE_MARK in sample for sample in texts):
             tokenizer = tokenizer_for_escaped_text(tokenizer)
         bos = tokenizer.bos_token

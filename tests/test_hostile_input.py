@@ -182,6 +182,14 @@ def without(source, name, pipe=False):
 
 
 COMMANDS = {
+    "ask: a question in another encoding": (
+        ["ask", VIDEO, "Wer \udcff?", "--model", MODEL],
+        "the text is not valid Unicode",
+    ),
+    "extract: nothing but text": (
+        ["extract", write("a.mp4", "text"), write("b.mp4", "text"), "--out", "out", "--model", MODEL],
+        "none of the videos could be read; out/failed.jsonl says why",
+    ),
     # extract
     "extract: NUL in a name": (extract("a\0b.mp4", "--out", "out"), "embedded null byte"),
     "extract: a circle of links": (extract("loop", "--out", "out"), "loop: no such file or folder"),

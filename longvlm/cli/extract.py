@@ -54,6 +54,7 @@ def extract_command(
     from accelerate import PartialState
 
     from longvlm.features.extract import extract_features
+    from longvlm.features.failures import FAILED
 
     state = PartialState(cpu=not torch.accelerator.is_available())
     engine = load_engine(
@@ -70,4 +71,6 @@ def extract_command(
     )
     if state.is_main_process:
         print(report, file=sys.stderr)
+        if report.failed and not report.encoded + report.there_before:
+            raise ValueError(f"none of the videos could be read; {out / FAILED} says why")
         print(out)

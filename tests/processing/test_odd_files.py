@@ -445,3 +445,35 @@ def test_an_h264_file_in_avi_whose_packets_fail_keeps_its_numbers(tmp_path):
     assert [n for n, i in zip(numbers(decoded), decoded.metadata.frames_indices, strict=True) if i >= 40] == list(
         range(40, 60)
     )
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv", "ts"])
+def test_decoding_does_not_start_at_a_damaged_keyframe(tmp_path, suffix):
+    """FFmpeg fills its gaps with what was decoded before; behind a seek, that would be grey."""
+
+    def damage(number, packet):
+        if number == 48:
+            content = bytearray(bytes(packet))
+            content[len(content) // 3 :] = bytes(range(256)) * 99
+            packet.update(bytes(content[: packet.size]))
+
+    source = write_video(tmp_path / "a.mp4", 96, gop=24, options={"bf": "0"}, draw=still_noise)
+    path = remux(source, tmp_path / f"b.{suffix}", change=damage)
+    with av.open(path) as container:
+        container.streams.video[0].thread_type = "NONE"  # with slice threads FFmpeg fills gaps otherwise
+        frames = list(container.decode(video=0))
+    expected = [frame.to_ndarray(format="rgb24") for frame in frames]
+    assert len(frames) == 96 and frames[48].is_corrupt
+    for indices in ([50], [47, 60], [71, 72], list(range(96))):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", video_decoding.VideoDecodeWarning)
+            decoded = decode_video(path, lambda metadata, indices=indices: indices)
+        assert decoded.metadata.frames_indices == [i for i in indices if not frames[i].is_corrupt]
+        for index, frame in zip(decoded.metadata.frames_indices, decoded.frames, strict=True):
+            np.testing.assert_array_equal(frame, expected[index])
+
+
+def still_noise(number, width, height):
+    noise = np.random.default_rng(0).integers(0, 256, (height, width, 3)).astype(np.uint8)
+    noise[: height // 2] = numbered_frame(number, width, height)[: height // 2]
+    return noise

@@ -255,6 +255,7 @@ def _index_from_packets(source: VideoSource, container, stream) -> FrameIndex:
     shortfall = _shortfall(container, stream, packets)
     order = None if _times_are_useless(packets, container, stream) else _presentation_order(packets)
     if order is not None:
+        _hide_undecodable(source, packets, order, stream)
         return make_index(packets, order, container, stream, shortfall=shortfall)
     return FrameIndex(
         num_frames=sum(packets.is_shown),
@@ -341,6 +342,43 @@ def _presentation_order(packets: Packets) -> np.ndarray:
     return np.lexsort((np.array(times, dtype=np.int64), np.array(stretches)))
 
 
+def _hide_undecodable(source: VideoSource, packets: Packets, order: np.ndarray, stream) -> None:
+    """A recording may start mid-stream: of the frames shown before the first keyframe, only some can be decoded.
+
+    None of those stored before it. Those stored after it may need what was before the recording, or not: few videos
+    have any, and FFmpeg tells.
+    """
+    first_key = next(itertools.compress(range(len(packets)), packets.is_key), int(order[0]))
+    before = order[: int(np.nonzero(order == first_key)[0][0])].tolist()
+    leading = {number for number in before if number > first_key and packets.is_shown[number]}
+    come = _decode_leading(source, stream.index, leading) if leading else set()
+    for number in before:
+        packets.is_shown[number] = number in come
+
+
+def _decode_leading(source: VideoSource, stream_index: int, leading: set[int]) -> set[int]:
+    """Those of the packets `leading` that yield a frame."""
+    come = set()
+    container, stream = open_container(source, stream_index)
+    with container:
+        number = 0
+        try:
+            for packet in container.demux(stream):
+                if not packet.size:
+                    break
+                packet.pts, number = number, number + 1
+                try:
+                    frames = packet.decode()
+                except av.FFmpegError:
+                    continue
+                come.update(frame.pts for frame in frames if not frame.is_corrupt)
+                if come and (None in come or max(come) > max(leading) or not come <= leading):
+                    break  # frames come in presentation order: the leading ones are over
+        except av.FFmpegError:
+            pass
+    return come & leading
+
+
 def make_index(
     packets: Packets, order: np.ndarray, container, stream, *, is_decoded=False, shortfall=""
 ) -> FrameIndex:
@@ -350,10 +388,6 @@ def make_index(
             their keyframe lies.
     """
     shown = np.array(packets.is_shown, dtype=bool)
-    if not is_decoded:
-        first_key = next(itertools.compress(range(len(packets)), packets.is_key), int(order[0]))
-        # Frames before the first keyframe (a recording that starts mid-stream) cannot be decoded.
-        shown[order[: int(np.nonzero(order == first_key)[0][0])]] = False
     positions = np.cumsum(shown[order]) - shown[order]  # how many shown frames are before each
     frames = order[shown[order]]
     pts = [packets.pts[number] for number in frames]

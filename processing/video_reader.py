@@ -189,11 +189,12 @@ class PyAVReader:
 
     def _out_of_order(self) -> None:
         index = self.index
-        if index.is_decoded or (self.has_errors and not index.is_counted):
+        if self.has_errors and not index.is_counted:
             return  # frames are lost
         if self._first > 0:
             raise _BadSeek
-        raise IndexIsWrong
+        if not index.is_decoded:
+            raise IndexIsWrong
 
     def _decode(self, packets, first) -> Iterator:
         """All frames from here on; only a packet that cannot be decoded is skipped, not the rest of the video."""

@@ -430,6 +430,36 @@ def test_deep_pyramids_of_b_frames_behind_open_keyframes(tmp_path, suffix, codec
     check(write_video(tmp_path / f"a.{suffix}", 120, codec=codec, options=options), range(120))
 
 
+HEVC = "log-level=none:pools=none:frame-threads=1:keyint=24:min-keyint=24:scenecut=0:bframes=3:b-adapt=0"
+
+
+@pytest.mark.parametrize("suffix", ["mkv", "ts"])
+@pytest.mark.parametrize(
+    ("kind", "first"), [("radl=3", 45), ("open-gop=1", 48)], ids=["which can be decoded", "which cannot be decoded"]
+)
+def test_a_recording_may_start_with_a_keyframe_that_is_shown_after_others(tmp_path, suffix, kind, first):
+    options = {"x265-params": f"{HEVC}:open-gop=0:{kind}"}
+    source = write_video(tmp_path / "a.mkv", 96, codec="libx265", options=options)
+    with av.open(source) as container:
+        keys = [number for number, packet in enumerate(container.demux(video=0)) if packet.is_keyframe]
+    path = remux(source, tmp_path / f"b.{suffix}", change=lambda number, packet: number >= keys[2])
+    check(path, range(first, 96))
+
+
+def test_a_recording_may_start_between_two_refreshes(tmp_path):
+    """FFmpeg shows nothing until the picture is whole; behind a seek it does the same, and that is no loss."""
+    options = {"x264-params": "intra-refresh=1:keyint=30", "bf": "0"}
+    source = write_video(tmp_path / "a.ts", 120, options=options)
+    path = remux(source, tmp_path / "b.ts", change=lambda number, packet: number >= 10)
+    expected = decode_all(path)
+    assert 60 < len(expected) < 110
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert numbers(decode_video(path)) == expected
+        pieces = iter_video(path, frames_per_piece=7, num_workers=1)
+        assert [number for piece in pieces for number in numbers(piece)] == expected
+
+
 def test_an_h264_file_in_avi_whose_packets_fail_keeps_its_numbers(tmp_path):
     """Frames are counted there; a lost one must not shift those after it."""
     source = write_video(tmp_path / "a.mp4", 60, options=B_FRAMES)

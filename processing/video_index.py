@@ -484,8 +484,10 @@ def _shortfall(container, stream, packets: Packets) -> str:
     times = [time for time in packets.pts if time is not None]
     end = float(max(times, default=0) * stream.time_base)
     seconds = container.duration / av.time_base if container.duration is not None else None
-    if "avi" in formats:  # counts empty packets, which repeat a frame; each takes one unit of time
-        found = max((time for time in packets.dts if time is not None), default=-1) + 1
+    if "avi" in formats:  # counts empty packets, which repeat a frame, the last one too; each takes one unit of time
+        clock = [time for time in packets.dts if time is not None] or [-1]
+        last_step = max(map(operator.sub, clock[-1:], clock[-2:-1]), default=1)
+        found = max(clock) + max(last_step, 1)
     elif "mov" in formats and promised:
         entries = getattr(stream, "index_entries", None)  # PyAV 18
         if entries:

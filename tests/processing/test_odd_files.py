@@ -302,6 +302,13 @@ def test_avi_keeps_the_times_of_copied_h264(tmp_path, b_frames):
     assert [i // 25 for i in taken["video_metadata"][0].frames_indices] == list(range(8))
 
 
+def test_an_avi_of_few_frames_a_second_is_whole(tmp_path):
+    """One frame a second in units of 1/600 s: 599 empty packets follow the last frame, too."""
+    source = write_video(tmp_path / "a.mp4", 10, rate=1, options={"bf": "0"})
+    path = remux(source, tmp_path / "b.avi", annexb=True)
+    check(path, range(10), rate=1.0)
+
+
 def test_avi_keeps_an_uneven_rate(tmp_path):
     source = write_video(tmp_path / "a.mp4", 60, options={"bf": "0"}, times=uneven_times(60))
     metadata = check(remux(source, tmp_path / "b.avi", annexb=True), range(60), rate=None)

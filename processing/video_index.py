@@ -178,13 +178,21 @@ def _choose_stream(source: VideoSource, container, wanted: int | None):
         raise VideoDecodeError(f"{source.name}: `video_stream`={wanted} is no video stream; the file has: {there}")
     if streams:
         # A stream of pictures next to a film is a preview; among the rest, `max` takes the first of several.
-        return max(streams, key=lambda s: (s.codec_context.name not in PICTURE_CODECS, _disposition(s) & DEFAULT))
+        return max(
+            streams,
+            key=lambda s: (not _is_still(s), s.codec_context.name not in PICTURE_CODECS, _disposition(s) & DEFAULT),
+        )
     kinds = sorted({stream.type for stream in container.streams})
     if len(known) < len(container.streams.video):
         raise VideoDecodeError(f"{source.name}: FFmpeg has no decoder for its video stream, or cannot tell its codec")
     if not kinds:
         raise VideoDecodeError(f"{source.name}: the file has no video stream: it is empty, cut or damaged")
     raise VideoDecodeError(f"{source.name}: the file has no video stream (found: {', '.join(kinds)})")
+
+
+def _is_still(stream) -> bool:
+    """Whether it is one picture without a duration, as an animated AVIF has for viewers that show only one."""
+    return stream.frames == 1 and stream.duration is None
 
 
 def _disposition(stream) -> int:

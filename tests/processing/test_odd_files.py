@@ -404,6 +404,16 @@ def test_pictures_next_to_a_film_are_not_the_film(tmp_path, suffix, disposition)
     assert numbers(decode_video(path)) == list(range(10))
 
 
+def test_an_animated_avif_is_more_than_its_still_picture(tmp_path):
+    options = {"preset": "12", "crf": "20"}
+    path = write_video(tmp_path / "a.avif", 20, codec="libsvtav1", options=options)
+    with av.open(path) as container:
+        assert [stream.frames for stream in container.streams.video] == [1, 20]
+    assert numbers(decode_video(path)) == list(range(20))
+    assert decode_video(path, lambda metadata: [13]).metadata.timestamps == pytest.approx([0.52])
+    assert len(decode_video(path, video_stream=0).frames) == 1
+
+
 # --- relatives ---
 
 

@@ -178,13 +178,21 @@ def _choose_stream(source: VideoSource, container, wanted: int | None):
         raise VideoDecodeError(f"{source.name}: `video_stream`={wanted} is no video stream; the file has: {there}")
     if streams:
         # A stream of pictures next to a film is a preview; among the rest, `max` takes the first of several.
-        return max(streams, key=lambda s: (s.codec_context.name not in PICTURE_CODECS, _disposition(s) & DEFAULT))
+        return max(
+            streams,
+            key=lambda s: (not _is_still(s), s.codec_context.name not in PICTURE_CODECS, _disposition(s) & DEFAULT),
+        )
     kinds = sorted({stream.type for stream in container.streams})
     if len(known) < len(container.streams.video):
         raise VideoDecodeError(f"{source.name}: FFmpeg has no decoder for its video stream, or cannot tell its codec")
     if not kinds:
         raise VideoDecodeError(f"{source.name}: the file has no video stream: it is empty, cut or damaged")
     raise VideoDecodeError(f"{source.name}: the file has no video stream (found: {', '.join(kinds)})")
+
+
+def _is_still(stream) -> bool:
+    """Whether it is one picture without a duration, as an animated AVIF has for viewers that show only one."""
+    return stream.frames == 1 and stream.duration is None
 
 
 def _disposition(stream) -> int:
@@ -255,6 +263,7 @@ def _index_from_packets(source: VideoSource, container, stream) -> FrameIndex:
     shortfall = _shortfall(container, stream, packets)
     order = None if _times_are_useless(packets, container, stream) else _presentation_order(packets)
     if order is not None:
+        _hide_undecodable(source, packets, order, stream)
         return make_index(packets, order, container, stream, shortfall=shortfall)
     return FrameIndex(
         num_frames=sum(packets.is_shown),
@@ -341,6 +350,43 @@ def _presentation_order(packets: Packets) -> np.ndarray:
     return np.lexsort((np.array(times, dtype=np.int64), np.array(stretches)))
 
 
+def _hide_undecodable(source: VideoSource, packets: Packets, order: np.ndarray, stream) -> None:
+    """A recording may start mid-stream: of the frames shown before the first keyframe, only some can be decoded.
+
+    None of those stored before it. Those stored after it may need what was before the recording, or not: few videos
+    have any, and FFmpeg tells.
+    """
+    first_key = next(itertools.compress(range(len(packets)), packets.is_key), int(order[0]))
+    before = order[: int(np.nonzero(order == first_key)[0][0])].tolist()
+    leading = {number for number in before if number > first_key and packets.is_shown[number]}
+    come = _decode_leading(source, stream.index, leading) if leading else set()
+    for number in before:
+        packets.is_shown[number] = number in come
+
+
+def _decode_leading(source: VideoSource, stream_index: int, leading: set[int]) -> set[int]:
+    """Those of the packets `leading` that yield a frame."""
+    come = set()
+    container, stream = open_container(source, stream_index)
+    with container:
+        number = 0
+        try:
+            for packet in container.demux(stream):
+                if not packet.size:
+                    break
+                packet.pts, number = number, number + 1
+                try:
+                    frames = packet.decode()
+                except av.FFmpegError:
+                    continue
+                come.update(frame.pts for frame in frames if not frame.is_corrupt)
+                if come and (None in come or max(come) > max(leading) or not come <= leading):
+                    break  # frames come in presentation order: the leading ones are over
+        except av.FFmpegError:
+            pass
+    return come & leading
+
+
 def make_index(
     packets: Packets, order: np.ndarray, container, stream, *, is_decoded=False, shortfall=""
 ) -> FrameIndex:
@@ -350,10 +396,6 @@ def make_index(
             their keyframe lies.
     """
     shown = np.array(packets.is_shown, dtype=bool)
-    if not is_decoded:
-        first_key = next(itertools.compress(range(len(packets)), packets.is_key), int(order[0]))
-        # Frames before the first keyframe (a recording that starts mid-stream) cannot be decoded.
-        shown[order[: int(np.nonzero(order == first_key)[0][0])]] = False
     positions = np.cumsum(shown[order]) - shown[order]  # how many shown frames are before each
     frames = order[shown[order]]
     pts = [packets.pts[number] for number in frames]
@@ -450,8 +492,10 @@ def _shortfall(container, stream, packets: Packets) -> str:
     times = [time for time in packets.pts if time is not None]
     end = float(max(times, default=0) * stream.time_base)
     seconds = container.duration / av.time_base if container.duration is not None else None
-    if "avi" in formats:  # counts empty packets, which repeat a frame; each takes one unit of time
-        found = max((time for time in packets.dts if time is not None), default=-1) + 1
+    if "avi" in formats:  # counts empty packets, which repeat a frame, the last one too; each takes one unit of time
+        clock = [time for time in packets.dts if time is not None] or [-1]
+        last_step = max(map(operator.sub, clock[-1:], clock[-2:-1]), default=1)
+        found = max(clock) + max(last_step, 1)
     elif "mov" in formats and promised:
         entries = getattr(stream, "index_entries", None)  # PyAV 18
         if entries:

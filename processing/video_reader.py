@@ -35,6 +35,10 @@ class _BadSeek(Exception):
     """The frames behind a seek are not those of the index."""
 
 
+class _DamagedKeyframe(_BadSeek):
+    """FFmpeg fills its gaps, and those of what follows, from what was decoded before: behind a seek, from nothing."""
+
+
 class PyAVReader:
     """An open container whose frames are read forwards."""
 
@@ -43,6 +47,7 @@ class PyAVReader:
         self.container: Any = None
         self.frame: Any = None  # the last one
         self.bad_seeks = 0
+        self.damaged: set[int] = set()  # numbers of keyframes
         self.can_seek = len(index.keyframes) > 1
         self._key_positions = {key.number: key.position for key in index.keyframes}
         self._start_over()
@@ -92,6 +97,8 @@ class PyAVReader:
                 elif self._first == 0 < before:  # a container that cannot seek (GIF): only read forwards from now on
                     self.can_seek = False
                 return self._read_to(position)
+            except _DamagedKeyframe:
+                self.damaged.add(self._first)
             except _BadSeek:
                 self._count_bad_seek()
         return None
@@ -121,7 +128,7 @@ class PyAVReader:
         except av.FFmpegError:
             return False
         before = self._place_of_keyframe(number, packet) - 1
-        if number > latest or before >= position:
+        if number > latest or before >= position or number in self.damaged:
             return False  # landed late: the picture may be wrong, or past the target
         self._start(packets, packet, number, before)
         return True
@@ -151,6 +158,8 @@ class PyAVReader:
         """Decodes one more frame; `None` at the end."""
         first = self.position + 1
         for frame in self.frames:
+            if frame.is_corrupt and frame.pts == self._first > 0:
+                raise _DamagedKeyframe
             place = self._place(frame, first)
             if place < first:  # hidden, or shown before the keyframe behind a seek
                 if place >= 0 and self._in_order:
@@ -180,11 +189,12 @@ class PyAVReader:
 
     def _out_of_order(self) -> None:
         index = self.index
-        if index.is_decoded or (self.has_errors and not index.is_counted):
+        if self.has_errors and not index.is_counted:
             return  # frames are lost
         if self._first > 0:
             raise _BadSeek
-        raise IndexIsWrong
+        if not index.is_decoded:
+            raise IndexIsWrong
 
     def _decode(self, packets, first) -> Iterator:
         """All frames from here on; only a packet that cannot be decoded is skipped, not the rest of the video."""
@@ -200,6 +210,8 @@ class PyAVReader:
             try:
                 frames = packet.decode()
             except av.FFmpegError:
+                if number == self._first > 0:
+                    raise _DamagedKeyframe from None
                 self.has_errors |= self.index.from_header or bool(stored.is_shown[number])
                 continue
             yield from frames

@@ -188,7 +188,10 @@ def encoded_video(video):
 def _from_name(name, allow, limits: Limits, progress) -> VideoSource:
     """A path or a URL."""
     if isinstance(name, str) and ("://" in name[:16] or name.startswith("data:")):
-        parts = urlsplit(name)
+        try:
+            parts = urlsplit(name)
+        except ValueError as error:
+            raise VideoDecodeError(f"{short(name)}: not a valid URL ({one_line(error)})") from None
         if parts.scheme == "data":
             return _from_data_url(name)
         if parts.scheme in ("http", "https"):

@@ -134,6 +134,7 @@ def test_an_unreachable_url():
 
 def test_a_url_of_another_kind():
     one_line_error("ftp://example.org/video.mp4", "ftp://example.org/video.mp4", 'scheme "ftp" are not supported')
+    one_line_error("http://[::1/video.mp4", "http://[::1/video.mp4", "not a valid URL (Invalid IPv6 URL)")
 
 
 @pytest.mark.parametrize("video", [3, None, {"path": "a.mp4"}, object()])

@@ -302,6 +302,13 @@ def test_avi_keeps_the_times_of_copied_h264(tmp_path, b_frames):
     assert [i // 25 for i in taken["video_metadata"][0].frames_indices] == list(range(8))
 
 
+def test_an_avi_of_few_frames_a_second_is_whole(tmp_path):
+    """One frame a second in units of 1/600 s: 599 empty packets follow the last frame, too."""
+    source = write_video(tmp_path / "a.mp4", 10, rate=1, options={"bf": "0"})
+    path = remux(source, tmp_path / "b.avi", annexb=True)
+    check(path, range(10), rate=1.0)
+
+
 def test_avi_keeps_an_uneven_rate(tmp_path):
     source = write_video(tmp_path / "a.mp4", 60, options={"bf": "0"}, times=uneven_times(60))
     metadata = check(remux(source, tmp_path / "b.avi", annexb=True), range(60), rate=None)
@@ -397,6 +404,16 @@ def test_pictures_next_to_a_film_are_not_the_film(tmp_path, suffix, disposition)
     assert numbers(decode_video(path)) == list(range(10))
 
 
+def test_an_animated_avif_is_more_than_its_still_picture(tmp_path):
+    options = {"preset": "12", "crf": "20"}
+    path = write_video(tmp_path / "a.avif", 20, codec="libsvtav1", options=options)
+    with av.open(path) as container:
+        assert [stream.frames for stream in container.streams.video] == [1, 20]
+    assert numbers(decode_video(path)) == list(range(20))
+    assert decode_video(path, lambda metadata: [13]).metadata.timestamps == pytest.approx([0.52])
+    assert len(decode_video(path, video_stream=0).frames) == 1
+
+
 # --- relatives ---
 
 
@@ -430,6 +447,36 @@ def test_deep_pyramids_of_b_frames_behind_open_keyframes(tmp_path, suffix, codec
     check(write_video(tmp_path / f"a.{suffix}", 120, codec=codec, options=options), range(120))
 
 
+HEVC = "log-level=none:pools=none:frame-threads=1:keyint=24:min-keyint=24:scenecut=0:bframes=3:b-adapt=0"
+
+
+@pytest.mark.parametrize("suffix", ["mkv", "ts"])
+@pytest.mark.parametrize(
+    ("kind", "first"), [("radl=3", 45), ("open-gop=1", 48)], ids=["which can be decoded", "which cannot be decoded"]
+)
+def test_a_recording_may_start_with_a_keyframe_that_is_shown_after_others(tmp_path, suffix, kind, first):
+    options = {"x265-params": f"{HEVC}:open-gop=0:{kind}"}
+    source = write_video(tmp_path / "a.mkv", 96, codec="libx265", options=options)
+    with av.open(source) as container:
+        keys = [number for number, packet in enumerate(container.demux(video=0)) if packet.is_keyframe]
+    path = remux(source, tmp_path / f"b.{suffix}", change=lambda number, packet: number >= keys[2])
+    check(path, range(first, 96))
+
+
+def test_a_recording_may_start_between_two_refreshes(tmp_path):
+    """FFmpeg shows nothing until the picture is whole; behind a seek it does the same, and that is no loss."""
+    options = {"x264-params": "intra-refresh=1:keyint=30", "bf": "0"}
+    source = write_video(tmp_path / "a.ts", 120, options=options)
+    path = remux(source, tmp_path / "b.ts", change=lambda number, packet: number >= 10)
+    expected = decode_all(path)
+    assert 60 < len(expected) < 110
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert numbers(decode_video(path)) == expected
+        pieces = iter_video(path, frames_per_piece=7, num_workers=1)
+        assert [number for piece in pieces for number in numbers(piece)] == expected
+
+
 def test_an_h264_file_in_avi_whose_packets_fail_keeps_its_numbers(tmp_path):
     """Frames are counted there; a lost one must not shift those after it."""
     source = write_video(tmp_path / "a.mp4", 60, options=B_FRAMES)
@@ -445,3 +492,35 @@ def test_an_h264_file_in_avi_whose_packets_fail_keeps_its_numbers(tmp_path):
     assert [n for n, i in zip(numbers(decoded), decoded.metadata.frames_indices, strict=True) if i >= 40] == list(
         range(40, 60)
     )
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv", "ts"])
+def test_decoding_does_not_start_at_a_damaged_keyframe(tmp_path, suffix):
+    """FFmpeg fills its gaps with what was decoded before; behind a seek, that would be grey."""
+
+    def damage(number, packet):
+        if number == 48:
+            content = bytearray(bytes(packet))
+            content[len(content) // 3 :] = bytes(range(256)) * 99
+            packet.update(bytes(content[: packet.size]))
+
+    source = write_video(tmp_path / "a.mp4", 96, gop=24, options={"bf": "0"}, draw=still_noise)
+    path = remux(source, tmp_path / f"b.{suffix}", change=damage)
+    with av.open(path) as container:
+        container.streams.video[0].thread_type = "NONE"  # with slice threads FFmpeg fills gaps otherwise
+        frames = list(container.decode(video=0))
+    expected = [frame.to_ndarray(format="rgb24") for frame in frames]
+    assert len(frames) == 96 and frames[48].is_corrupt
+    for indices in ([50], [47, 60], [71, 72], list(range(96))):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", video_decoding.VideoDecodeWarning)
+            decoded = decode_video(path, lambda metadata, indices=indices: indices)
+        assert decoded.metadata.frames_indices == [i for i in indices if not frames[i].is_corrupt]
+        for index, frame in zip(decoded.metadata.frames_indices, decoded.frames, strict=True):
+            np.testing.assert_array_equal(frame, expected[index])
+
+
+def still_noise(number, width, height):
+    noise = np.random.default_rng(0).integers(0, 256, (height, width, 3)).astype(np.uint8)
+    noise[: height // 2] = numbered_frame(number, width, height)[: height // 2]
+    return noise

@@ -75,12 +75,13 @@ def test_a_quantised_projector_computes_what_it_did_before(folder, bits, error):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("bits", [4, 8])
-def test_all_parts_quantised(folder, bits, dtype):
+def test_all_parts_quantised(folder, film, bits, dtype):
     config = BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8, bnb_4bit_compute_dtype=dtype)
     engine = longvlm.load(folder, device="cpu", dtype=dtype, quantization_config=config)
     features = features_of(engine)
     assert features.pooler_output[0].dtype == dtype and torch.isfinite(features.pooler_output[0]).all()
     check_answers(engine, features)
+    engine.generate([{"role": "user", "content": [{"type": "video", "video": film}, QUESTION]}], max_new_tokens=4)
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -74,8 +74,10 @@ def test_iterators_are_read_as_they_are_answered(pipe, films, expected):
     assert list(pipe(video=iter(films), question=iter(QUESTIONS))) == expected
     assert next(iter(pipe(video=(film for film in films), question="A?"))) == expected[0]
     assert list(pipe(video=films[0], question=iter(["A?"]))) == expected[:1]
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="the questions end after 2, the videos do not: give one"):
         list(pipe(video=iter(films), question=iter(QUESTIONS[:2])))
+    with pytest.raises(ValueError, match="the videos end after 1, the questions do not"):
+        list(pipe(video=iter(films[:1]), question=QUESTIONS))
 
 
 def test_a_torch_dataset_is_a_dataset(pipe, films, expected):
@@ -105,6 +107,8 @@ def test_columns_of_another_length_or_name_are_refused(pipe, films):
         pipe(rows, question="A?")
     with pytest.raises(ValueError, match="not both"):
         pipe([rows[0]], question="A?")
+    with pytest.raises(ValueError, match=r"got DatasetDict DatasetDict[^\n]*$"):
+        pipe(datasets.DatasetDict({"test": rows}))
     with pytest.raises(ValueError, match="video is None"):
         list(pipe(datasets.Dataset.from_dict({"video": [None], "question": ["A?"]})))
 

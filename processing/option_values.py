@@ -9,8 +9,9 @@ from typing import Any
 
 # Option -> its least value.
 WHOLE_NUMBERS = {"num_frames": 1, "max_frames": 1, "shortest_edge": 1, "video_stream": 0}
-NUMBERS_ABOVE_0 = ("fps", "video_end", "rescale_factor")
+NUMBERS_ABOVE_0 = ("fps", "video_end")
 NUMBERS_FROM_0 = ("video_start",)
+NUMBERS = ("rescale_factor",)
 
 
 def whole_number(name: str, value: Any, least: int) -> int:
@@ -60,6 +61,8 @@ def plain_video_options(options: Mapping[str, Any]) -> dict[str, Any]:
             plain[name] = real_number(name, value, above=0)
         elif name in NUMBERS_FROM_0:
             plain[name] = real_number(name, value, least=0)
+        elif name in NUMBERS:
+            plain[name] = real_number(name, value)
         elif name in ("size", "crop_size"):
             plain[name] = _plain_size(name, value)
         elif name in ("image_mean", "image_std"):

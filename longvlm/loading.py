@@ -15,6 +15,7 @@ from longvlm.checkpoint_faults import (
     check_files,
     check_processor_files,
     check_settings,
+    check_weights,
     local_folder,
     naming_files,
 )
@@ -232,7 +233,8 @@ def _load_model(found: _Checkpoint, dtype, options: dict[str, Any]) -> LongVLMFo
             GenerationConfig.from_pretrained(folder)
     if not found.is_quantized and options.get("quantization_config") is None:
         options = {"ignore_mismatched_sizes": True, **options}  # they are named below
-    with found.naming_files("weights"):
+    # Of a Hub id, they may only not be here yet.
+    with found.naming_files("weights", check_weights if Path(found.source).is_dir() else check_files):
         model, loading = LongVLMForConditionalGeneration.from_pretrained(
             found.source, dtype=dtype, output_loading_info=True, **found.where, **options
         )

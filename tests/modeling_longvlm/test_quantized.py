@@ -106,8 +106,23 @@ def test_the_flag_quantises_the_llm_and_nothing_else(folder, film, tmp_path, bit
     same = again.generate(messages, max_new_tokens=4, min_new_tokens=4, return_details=True)
     assert same.token_ids == answer.token_ids
     assert same.logprobs == pytest.approx(answer.logprobs, abs=2e-3)  # some CPUs pack scales as bfloat16
+    with pytest.raises(ValueError, match=r"is quantised, with its other weights in torch\.float32: leave out `dtype`"):
+        longvlm.load(tmp_path, dtype="float16")
+    assert longvlm.load(tmp_path, device="cpu", dtype="float32").model.dtype == torch.float32
     with pytest.raises(ValueError, match="is quantised already"):
         longvlm.load(tmp_path, load_in_4bit=True)
+
+
+def test_packed_weights_that_the_configuration_does_not_tell_of_are_refused(folder, tmp_path):
+    engine = longvlm.load(folder, device="cpu", load_in_4bit=True)
+    engine.model.save_pretrained(tmp_path)
+    engine.processor.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    whole = config["quantization_config"] | {"load_in_4bit": False, "_load_in_4bit": False}
+    for changed in ({}, None, whole):
+        (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": changed}))
+        with pytest.raises(ValueError, match=r"its config.json describes[^\n]*again$"):
+            longvlm.load(tmp_path, device="cpu")
 
 
 def test_the_names_in_the_documentation_are_those_that_match():

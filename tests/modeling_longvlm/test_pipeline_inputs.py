@@ -59,6 +59,21 @@ def test_a_dataset_is_answered_row_by_row(pipe, films, expected, kind):
         assert pipe([rows[i] for i in range(3)]) == expected
 
 
+def test_rows_may_have_windows_of_their_own(pipe, films):
+    def frames(rows, **options):
+        pipe.video_cache.clear()
+        ends = []
+        list(pipe(rows, progress=lambda stage, done, total: done == total and ends.append((stage, total)), **options))
+        return [total for stage, total in ends if stage == "encode"]
+
+    windows = {"video_start": [0.2, None, 0.4], "video_end": [0.6, 0.5, None]}
+    rows = datasets.Dataset.from_dict({"video": films, "question": QUESTIONS, "fps": [25] * 3} | windows)
+    assert frames(rows, num_frames=20) == [10, 13, 10]  # of 20, at 25 a second
+    assert frames([rows[0]], num_frames=20, video_start=0.0, video_end=0.1) == [10]  # the row's own count
+    with pytest.raises(ValueError, match="`video_start` 9 is past the end of the video"):
+        pipe({"video": films[0], "question": "A?", "video_start": 9})
+
+
 def test_iterators_are_read_as_they_are_answered(pipe, films, expected):
     read = []
 

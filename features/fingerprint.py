@@ -130,8 +130,8 @@ def check_features(reader, metadata: Mapping[str, Any], num_global_layers: int) 
     differences = ", ".join(f"{name} is {made.get(name)!r} and not {expected.get(name)!r}" for name in names[:4])
     raise ValueError(
         f"the features in {reader.folder} do not fit the model: {differences}; extract them again with this model, "
-        "give the num_frames, fps or max_frames that they were extracted with, or set check_features: false if you "
-        "know that they fit"
+        "give the num_frames, fps, max_frames or video_stream that they were extracted with, or set check_features: "
+        "false if you know that they fit"
     )
 
 

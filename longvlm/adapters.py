@@ -10,6 +10,7 @@ from transformers.utils import cached_file
 from longvlm.files import read_json_object
 
 CONFIG = "adapter_config.json"
+WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 FILES = ["*.json", "*.jinja", "*.model", "*.txt", "adapter_model.*"]
 
 
@@ -66,12 +67,14 @@ def with_adapter(model, folder: Path, config: dict[str, Any]):
 
     Raises:
         ImportError: peft is missing.
-        ValueError: the adapter does not fit the model, or is not LoRA or one of its kin.
+        ValueError: the adapter has no weights, does not fit the model, or is not LoRA or one of its kin.
     """
     try:
         from peft import PeftModel
     except ImportError:
         raise ImportError(f"{folder} is a LoRA adapter, which needs the package peft: pip install peft") from None
+    if not any((folder / name).is_file() for name in WEIGHTS):
+        raise ValueError(f"{folder} has no {WEIGHTS[0]}: copy, download or save the adapter again")
     try:
         with warnings.catch_warnings():
             # Otherwise peft would leave random weights in their place.

@@ -96,6 +96,17 @@ def check_files(folder: Path) -> None:
         _read_object(folder / "vocab.json")
 
 
+def check_weights(folder: Path) -> None:
+    """As `check_files`.
+
+    Raises:
+        ValueError: a file is damaged, or there are no weights.
+    """
+    check_files(folder)
+    if not any(file for pattern in ("*.safetensors*", "pytorch_model*.bin*") for file in folder.glob(pattern)):
+        raise ValueError(f"{folder} has no weights (model.safetensors); {REMEDY}")
+
+
 def check_processor_files(folder: Path) -> None:
     """
     Raises:
@@ -199,4 +210,12 @@ def _check_tokenizer(file: Path) -> None:
         raise ValueError(f"{file} is not a tokenizer: {error}; {REMEDY}") from None
 
 
-__all__ = ["check_files", "check_processor_files", "check_settings", "check_size", "local_folder", "naming_files"]
+__all__ = [
+    "check_files",
+    "check_processor_files",
+    "check_settings",
+    "check_size",
+    "check_weights",
+    "local_folder",
+    "naming_files",
+]

@@ -15,6 +15,7 @@ from longvlm.checkpoint_faults import (
     check_files,
     check_processor_files,
     check_settings,
+    check_weights,
     local_folder,
     naming_files,
 )
@@ -104,6 +105,10 @@ def load_parts(
             f"{source} is a LoRA adapter; give the model it belongs to, or merge it: train with merge_lora: true"
         )
     base = _find_base(found) if found.adapter is not None else found
+    saved = _dtype_of("auto", base.config)
+    if base.is_quantized and saved not in (None, _dtype_of(dtype, base.config)):
+        # transformers would convert some of the other weights and not all.
+        raise ValueError(f"{base.source} is quantised, with its other weights in {saved}: leave out `dtype`")
     quantized = quantization_config(
         load_in_4bit=load_in_4bit, load_in_8bit=load_in_8bit, dtype=_dtype_of(dtype, base.config)
     )
@@ -154,7 +159,7 @@ class _Checkpoint:
 
     @property
     def is_quantized(self) -> bool:
-        return "quantization_config" in self.config
+        return bool(self.config.get("quantization_config"))
 
     def folder(self) -> Path | None:
         """Where its files are on this machine, if they are."""
@@ -232,10 +237,19 @@ def _load_model(found: _Checkpoint, dtype, options: dict[str, Any]) -> LongVLMFo
             GenerationConfig.from_pretrained(folder)
     if not found.is_quantized and options.get("quantization_config") is None:
         options = {"ignore_mismatched_sizes": True, **options}  # they are named below
-    with found.naming_files("weights"):
-        model, loading = LongVLMForConditionalGeneration.from_pretrained(
-            found.source, dtype=dtype, output_loading_info=True, **found.where, **options
-        )
+    # Of a Hub id, they may only not be here yet.
+    with found.naming_files("weights", check_weights if Path(found.source).is_dir() else check_files):
+        try:
+            model, loading = LongVLMForConditionalGeneration.from_pretrained(
+                found.source, dtype=dtype, output_loading_info=True, **found.where, **options
+            )
+        except RuntimeError as error:
+            if "ignore_mismatched_sizes" not in str(error):
+                raise
+            raise ValueError(
+                f"the weights in {found.source} do not have the sizes that its config.json describes, with its "
+                "quantization_config; copy, download or save the checkpoint again"
+            ) from error
     wrong = [
         f"{name} is {tuple(stored)} and not {tuple(needed)}"
         for name, stored, needed in sorted(loading["mismatched_keys"])

@@ -80,7 +80,6 @@ class LongVLMEngine:
 
     # --- videos ---
 
-    @torch.no_grad()
     def encode(self, video, *, progress: Progress | None = None, **video_options):
         """
         The features of one video: from the cache, or else decoded and encoded piece by piece, in constant memory.
@@ -118,6 +117,7 @@ class LongVLMEngine:
             key = video_key(source.path or source.digest(), *settings)
             return self.cache.get_or_make(key, lambda: self._encode(source, video_options, progress), check)
 
+    @torch.no_grad()  # here, not in the callers: a graph of every frame would fill the memory
     def _encode(self, video, video_options: dict, progress: Progress | None):
         model, total, encoded = self.model.base_model, 0, 0
 

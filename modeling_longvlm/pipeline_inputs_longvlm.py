@@ -6,7 +6,7 @@ only for the frames that it takes.
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import repeat
+from itertools import zip_longest
 
 from torch.utils.data import Dataset
 
@@ -102,12 +102,11 @@ def _pair_up(video, question):
     if videos is None and questions is None:
         return {"video": video, "question": question}
     if _is_iterator(videos) or _is_iterator(questions):
-        pairs = zip(
-            repeat(video) if videos is None else videos,
-            repeat(question) if questions is None else questions,
-            strict=videos is not None and questions is not None,
-        )
-        return ({"video": one, "question": text} for one, text in pairs)
+        if videos is None:
+            return ({"video": video, "question": text} for text in questions)
+        if questions is None:
+            return ({"video": one, "question": question} for one in videos)
+        return ({"video": one, "question": text} for one, text in _in_step(videos, questions))
     videos = _Same(video, len(questions)) if videos is None else videos
     questions = _Same(question, len(videos)) if questions is None else questions
     if len(videos) != len(questions):
@@ -118,6 +117,16 @@ def _pair_up(video, question):
     pairs = _Pairs(videos, questions)
     lazy = any(not isinstance(several, (list, _Same)) for several in (videos, questions))
     return pairs if lazy else [pairs[i] for i in range(len(pairs))]
+
+
+def _in_step(videos, questions) -> Iterator[tuple]:
+    """Pairs of what is read lazily, whose number shows only at the end."""
+    end = object()
+    for count, pair in enumerate(zip_longest(videos, questions, fillvalue=end)):
+        if pair[0] is end or pair[1] is end:
+            fewer, more = ("videos", "questions") if pair[0] is end else ("questions", "videos")
+            raise ValueError(f"the {fewer} end after {count}, the {more} do not: give one question for each video")
+        yield pair
 
 
 def _several_videos(video):

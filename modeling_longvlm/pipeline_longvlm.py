@@ -29,6 +29,8 @@ _VIDEO_OPTIONS = (
     "do_sample_frames",
     "video_metadata",
 )
+# Those that a row may have of its own. Columns with the other names tell how a video was made, not what to take.
+_WINDOW = ("video_start", "video_end")
 
 
 class _Question(NamedTuple):
@@ -71,8 +73,9 @@ class VideoQuestionAnsweringPipeline(Pipeline):
         """
         Args:
             inputs (`dict` or list of `dict`, *optional*): `{"video": ..., "question": ...}`, a list of them, an
-                iterator, or a data set with these columns (of `datasets` or of torch). Together with `question`: the
-                videos, such as `KeyDataset(dataset, "video")`.
+                iterator, or a data set with these columns (of `datasets` or of torch). `"video_start"` and
+                `"video_end"` may be there, too; other keys are ignored. Together with `question`: the videos, such as
+                `KeyDataset(dataset, "video")`.
             video: instead of `inputs`: a path, URL, bytes, a row of a Video column, a folder of images or a list of
                 frames; or several videos (a list, a column of a data set, an iterator), one for each question.
             question (`str` or `list[str]`): instead of `inputs`: one question, or several. With a single video, all
@@ -133,7 +136,8 @@ class VideoQuestionAnsweringPipeline(Pipeline):
             raise ValueError(f"the question must be text (str), got {_describe(question)}")
         if video is None:
             raise ValueError("video is None: give a path, URL, bytes or frames")
-        content = [{"type": "video", "video": video, **video_options}, {"type": "text", "text": question}]
+        window = {name: inputs[name] for name in _WINDOW if inputs.get(name) is not None}
+        content = [{"type": "video", "video": video, **video_options, **window}, {"type": "text", "text": question}]
         messages: list[dict] = [{"role": "system", "content": system}] if system is not None else []
         # The engine reads the video, piece by piece: all frames of a long video would fill the memory.
         return {"question": _Question([*messages, {"role": "user", "content": content}])}
@@ -169,7 +173,7 @@ def _plain_loading_options(options: dict) -> dict:
 def _describe(value) -> str:
     if isinstance(value, torch.Tensor):
         return f"a tensor of shape {tuple(value.shape)}"
-    text = repr(value)
+    text = " ".join(repr(value).split())
     return f"{type(value).__name__} {text if len(text) <= 80 else text[:77] + '...'}"
 
 

@@ -22,7 +22,7 @@ from .chat_template_form import AS_GIVEN, PARTS, STRING, content_form
 from .chat_templates_longvlm import CHAT_TEMPLATES, DEFAULT_CHAT_TEMPLATE
 from .option_values import plain_video_options, whole_number
 from .text_escaping import ESCAPE_MARK, escape, tokenizer_for_escaped_text
-from .video_processing_longvlm import LongVLMVideoProcessor, auto_map_in_files_only, flatten_videos
+from .video_processing_longvlm import SAMPLING, LongVLMVideoProcessor, auto_map_in_files_only, flatten_videos
 
 logger = logging.get_logger(__name__)
 
@@ -244,12 +244,16 @@ class LongVLMProcessor(ProcessorMixin):
         videos = _drop_empty_rows(videos)
         if videos is not None and video_token_counts is not None:
             raise ValueError("videos and video_token_counts exclude each other; pass one of them")
-        if videos is None and any(video_options or ()):
-            names = ", ".join(sorted({name for one in video_options or () for name in one or ()}))
-            raise ValueError(f"{names} cannot be applied to encoded videos: give the videos themselves")
+        counts = _as_counts(video_token_counts)
+        names = {name for one in video_options or () for name in one or ()}
+        if counts:
+            given = {**kwargs.get("videos_kwargs", {}), **kwargs}
+            names |= {name for name in _WHICH_FRAMES if given.get(name) is not None}
+        if videos is None and names:
+            listed = ", ".join(sorted(names))
+            raise ValueError(f"{listed} cannot be applied to encoded videos: give the videos themselves")
         if texts is None and videos is None:
             raise ValueError("LongVLMProcessor was called without text and without videos; pass at least one")
-        counts = _as_counts(video_token_counts)
         if texts is not None:
             texts = [self._one_token_per_video(sample) for sample in texts]
             self._check_placeholders(texts, len(counts) if videos is None else len(flatten_videos(videos)), rows)
@@ -448,6 +452,10 @@ class LongVLMProcessor(ProcessorMixin):
         if call_kwargs.get("num_frames") is not None or call_kwargs.get("fps") is not None:
             call_kwargs.setdefault("do_sample_frames", True)
         sources = [videos for _, videos, _ in flat]
+        if any(isinstance(video, Mapping) and "local_features" in video for videos in sources for video in videos):
+            raise ValueError(
+                'a video part holds features; leave it empty, {"type": "video"}, and pass them as video_features='
+            )
         options = [one for _, _, parts in flat for one in parts]
         if any(options):
             call_kwargs["video_options"] = options
@@ -639,6 +647,8 @@ _NOT_OF_ONE_VIDEO = {
     "do_convert_rgb",
     "do_pad",
 }
+# Options that say which frames of a video are taken.
+_WHICH_FRAMES = ("num_frames", "fps", "video_stream", *SAMPLING)
 _EXTRA_OUTPUTS = ("return_mm_token_type_ids", "return_text_replacement_offsets")
 
 

@@ -366,7 +366,7 @@ def _hide_undecodable(source: VideoSource, packets: Packets, order: np.ndarray, 
 
 def _decode_leading(source: VideoSource, stream_index: int, leading: set[int]) -> set[int]:
     """Those of the packets `leading` that yield a frame."""
-    come = set()
+    come: set[int | None] = set()
     container, stream = open_container(source, stream_index)
     with container:
         number = 0
@@ -384,7 +384,7 @@ def _decode_leading(source: VideoSource, stream_index: int, leading: set[int]) -
                     break  # frames come in presentation order: the leading ones are over
         except av.FFmpegError:
             pass
-    return come & leading
+    return leading.intersection(come)
 
 
 def make_index(

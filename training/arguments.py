@@ -62,6 +62,10 @@ class DataArguments:
     video_end: float | None = field(
         default=None, metadata={"help": "Take frames before this second only; must match extraction."}
     )
+    video_stream: int | None = field(
+        default=None,
+        metadata={"help": "Number of the video stream in files with several; must match extraction."},
+    )
     max_length: int | None = field(
         default=2048, metadata={"help": "Maximum length of a row in tokens, including its videos."}
     )
@@ -73,7 +77,7 @@ class DataArguments:
     @property
     def video_options(self) -> dict[str, Any]:
         """The options of the video processor that were given."""
-        names = ("num_frames", "fps", "max_frames", "video_start", "video_end")
+        names = ("num_frames", "fps", "max_frames", "video_start", "video_end", "video_stream")
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
 

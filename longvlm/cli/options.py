@@ -89,7 +89,7 @@ MaxDownloadBytes = Annotated[
 ]
 MaxDownloadSeconds = Annotated[
     float | None,
-    typer.Option(help="Limit of its time, in seconds. Default: LONGVLM_MAX_DOWNLOAD_SECONDS, or 1800."),
+    typer.Option(help="Limit of a download or a pipe, in seconds. Default: LONGVLM_MAX_DOWNLOAD_SECONDS, or 1800."),
 ]
 VideoStart = Annotated[
     float | None, typer.Option(min=0, help="Take frames from here on only, in seconds from the first frame.")
@@ -97,7 +97,9 @@ VideoStart = Annotated[
 VideoEnd = Annotated[float | None, typer.Option(min=0, help="Take frames before this time only, in seconds.")]
 VideoStream = Annotated[
     int | None,
-    typer.Option(min=0, help="Number of the video stream in a file with several. Default: the file's own."),
+    typer.Option(
+        min=0, help="Number of the video stream, if a file has several. Default: the one it marks as default."
+    ),
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the contents of --out.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress. Warnings are still shown.")]

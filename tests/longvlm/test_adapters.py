@@ -197,7 +197,10 @@ def fewer_tensors(folder):
         (lambda folder: cut(folder / "adapter" / "adapter_model.safetensors"), "adapter_model.safetensors is damaged"),
         (lambda folder: cut(folder / "adapter" / "tokenizer.json"), "adapter/tokenizer.json is not a JSON file"),
         (lambda folder: cut(folder / "base" / "model.safetensors"), "base/model.safetensors is damaged"),
-        (lambda folder: (folder / "adapter" / "adapter_model.safetensors").unlink(), "adapter"),
+        (
+            lambda folder: (folder / "adapter" / "adapter_model.safetensors").unlink(),
+            "has no adapter_model.safetensors",
+        ),
         (another_base, "not an adapter that fits .*base: RuntimeError"),
         (fewer_tensors, "not an adapter that fits .*missing adapter keys"),
     ],

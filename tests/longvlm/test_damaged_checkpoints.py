@@ -85,7 +85,7 @@ def test_a_damaged_shard_or_index_is_named(sharded, copy_of, name, damage):
     ("name", "says"),
     [
         ("config.json", "has no config.json"),
-        ("model.safetensors", "no file named model.safetensors"),
+        ("model.safetensors", "has no weights (model.safetensors); copy, download"),
         ("processor_config.json", "processor_config.json is missing"),
         ("tokenizer.json", "has no tokenizer (tokenizer.json)"),
         ("tokenizer_config.json", "tokenizer_config.json is missing"),

@@ -530,6 +530,16 @@ def test_cached_features_do_not_hold_a_graph(engine, films):
     assert not features.local_features[0].requires_grad and features.last_hidden_state is None
 
 
+def test_no_question_makes_graphs_of_frames(engine, films):
+    kept = []
+    layer = next(layer for layer in engine.model.model.vision_tower.modules() if isinstance(layer, torch.nn.Linear))
+    layer.register_forward_hook(lambda layer, args, output: kept.append(output.requires_grad))
+    engine.generate(ask("What?", films[0]), **SHORT)
+    list(engine.stream(ask("What?", films[1]), **SHORT))
+    engine.encode(films[2])
+    assert len(kept) >= 3 and not any(kept)
+
+
 def test_progress(engine, films):
     steps = []
     engine.encode(films[0], progress=lambda *step: steps.append(step))

@@ -59,6 +59,21 @@ def test_a_dataset_is_answered_row_by_row(pipe, films, expected, kind):
         assert pipe([rows[i] for i in range(3)]) == expected
 
 
+def test_rows_may_have_windows_of_their_own(pipe, films):
+    def frames(rows, **options):
+        pipe.video_cache.clear()
+        ends = []
+        list(pipe(rows, progress=lambda stage, done, total: done == total and ends.append((stage, total)), **options))
+        return [total for stage, total in ends if stage == "encode"]
+
+    windows = {"video_start": [0.2, None, 0.4], "video_end": [0.6, 0.5, None]}
+    rows = datasets.Dataset.from_dict({"video": films, "question": QUESTIONS, "fps": [25] * 3} | windows)
+    assert frames(rows, num_frames=20) == [10, 13, 10]  # of 20, at 25 a second
+    assert frames([rows[0]], num_frames=20, video_start=0.0, video_end=0.1) == [10]  # the row's own count
+    with pytest.raises(ValueError, match="`video_start` 9 is past the end of the video"):
+        pipe({"video": films[0], "question": "A?", "video_start": 9})
+
+
 def test_iterators_are_read_as_they_are_answered(pipe, films, expected):
     read = []
 
@@ -74,8 +89,10 @@ def test_iterators_are_read_as_they_are_answered(pipe, films, expected):
     assert list(pipe(video=iter(films), question=iter(QUESTIONS))) == expected
     assert next(iter(pipe(video=(film for film in films), question="A?"))) == expected[0]
     assert list(pipe(video=films[0], question=iter(["A?"]))) == expected[:1]
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="the questions end after 2, the videos do not: give one"):
         list(pipe(video=iter(films), question=iter(QUESTIONS[:2])))
+    with pytest.raises(ValueError, match="the videos end after 1, the questions do not"):
+        list(pipe(video=iter(films[:1]), question=QUESTIONS))
 
 
 def test_a_torch_dataset_is_a_dataset(pipe, films, expected):
@@ -105,6 +122,8 @@ def test_columns_of_another_length_or_name_are_refused(pipe, films):
         pipe(rows, question="A?")
     with pytest.raises(ValueError, match="not both"):
         pipe([rows[0]], question="A?")
+    with pytest.raises(ValueError, match=r"got DatasetDict DatasetDict[^\n]*$"):
+        pipe(datasets.DatasetDict({"test": rows}))
     with pytest.raises(ValueError, match="video is None"):
         list(pipe(datasets.Dataset.from_dict({"video": [None], "question": ["A?"]})))
 

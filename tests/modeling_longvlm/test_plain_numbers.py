@@ -93,6 +93,7 @@ def test_sizes_means_and_rates():
     json.loads(processor.to_json_string())
     rate = {"video_metadata": {"fps": 30000 / 1001, "total_num_frames": 12}}
     assert processor(VIDEO, fps=Fraction(30000, 1001), **rate)["num_frames"].tolist() == [12]  # as PyAV writes a rate
+    assert LongVLMVideoProcessor(rescale_factor=np.float64(-1)).rescale_factor == -1  # transformers' tests have it
     refused("size", LongVLMVideoProcessor, size={"height": 8.5, "width": 8})
     refused("image_mean", LongVLMVideoProcessor, image_mean=[0.5, float("nan"), 0.5])
     pieces = LongVLMVideoProcessor().iter_pieces(VIDEO, frames_per_piece=np.float64(5))

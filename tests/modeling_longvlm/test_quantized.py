@@ -75,12 +75,13 @@ def test_a_quantised_projector_computes_what_it_did_before(folder, bits, error):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("bits", [4, 8])
-def test_all_parts_quantised(folder, bits, dtype):
+def test_all_parts_quantised(folder, film, bits, dtype):
     config = BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8, bnb_4bit_compute_dtype=dtype)
     engine = longvlm.load(folder, device="cpu", dtype=dtype, quantization_config=config)
     features = features_of(engine)
     assert features.pooler_output[0].dtype == dtype and torch.isfinite(features.pooler_output[0]).all()
     check_answers(engine, features)
+    engine.generate([{"role": "user", "content": [{"type": "video", "video": film}, QUESTION]}], max_new_tokens=4)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -105,8 +106,23 @@ def test_the_flag_quantises_the_llm_and_nothing_else(folder, film, tmp_path, bit
     same = again.generate(messages, max_new_tokens=4, min_new_tokens=4, return_details=True)
     assert same.token_ids == answer.token_ids
     assert same.logprobs == pytest.approx(answer.logprobs, abs=2e-3)  # some CPUs pack scales as bfloat16
+    with pytest.raises(ValueError, match=r"is quantised, with its other weights in torch\.float32: leave out `dtype`"):
+        longvlm.load(tmp_path, dtype="float16")
+    assert longvlm.load(tmp_path, device="cpu", dtype="float32").model.dtype == torch.float32
     with pytest.raises(ValueError, match="is quantised already"):
         longvlm.load(tmp_path, load_in_4bit=True)
+
+
+def test_packed_weights_that_the_configuration_does_not_tell_of_are_refused(folder, tmp_path):
+    engine = longvlm.load(folder, device="cpu", load_in_4bit=True)
+    engine.model.save_pretrained(tmp_path)
+    engine.processor.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    whole = config["quantization_config"] | {"load_in_4bit": False, "_load_in_4bit": False}
+    for changed in ({}, None, whole):
+        (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": changed}))
+        with pytest.raises(ValueError, match=r"its config.json describes[^\n]*again$"):
+            longvlm.load(tmp_path, device="cpu")
 
 
 def test_the_names_in_the_documentation_are_those_that_match():

@@ -278,6 +278,14 @@ def test_options_of_videos_that_are_encoded_already_are_refused():
         make_processor().apply_chat_template(
             chat({"video_start": 3, "fps": 1}, {}), tokenize=True, num_video_tokens=[5, 5]
         )
+    with pytest.raises(ValueError, match="num_frames, video_end cannot be applied to encoded videos"):
+        make_processor()(text="<video>", video_token_counts=5, num_frames=3, video_end=2)
+    features = {"local_features": [torch.zeros(3, 8)]}
+    with pytest.raises(ValueError, match="fps cannot be applied to encoded videos"):
+        make_processor()(text="<video>", video_features=features, videos_kwargs={"fps": 1})
+    with pytest.raises(ValueError, match=r"features; leave it empty, .* as video_features="):
+        make_processor().apply_chat_template(chat({"video": features}), tokenize=True)
+    assert make_processor()(text="no video", num_frames=3)["input_ids"]
 
 
 def test_one_video_can_be_shown_part_by_part(file):

@@ -322,11 +322,14 @@ def test_training_stops_at_damaged_features_with_one_line(world, tmp_path, worke
 def test_features_of_other_frames_are_trained_on_when_their_options_are_given(world, tmp_path):
     model = LongVLMForConditionalGeneration.from_pretrained(world / "model")
     processor, folder = LongVLMProcessor.from_pretrained(world / "model"), tmp_path / "features"
-    extract_features([world / "videos"], folder, model=model, processor=processor, video_options={"num_frames": 4})
-    with pytest.raises(ValueError, match=r"num_frames is 4 and not 8; .* give the num_frames, fps or max_frames"):
+    options = {"num_frames": 4, "video_stream": 0}
+    extract_features([world / "videos"], folder, model=model, processor=processor, video_options=options)
+    with pytest.raises(
+        ValueError, match=r"num_frames is 4 and not 8, video_stream is 0 and not None; .* give the num"
+    ):
         run(world, tmp_path / "out", features=[str(folder)])
-    from_features = losses(run(world, tmp_path / "out", features=[str(folder)], num_frames=4, max_steps=2))
-    from_videos = losses(run(world, tmp_path / "videos", videos=True, num_frames=4, max_steps=2))
+    from_features = losses(run(world, tmp_path / "out", features=[str(folder)], **options, max_steps=2))
+    from_videos = losses(run(world, tmp_path / "videos", videos=True, **options, max_steps=2))
     assert from_features == pytest.approx(from_videos, abs=1e-5)
 
 

@@ -18,6 +18,7 @@ import pytest
 from PIL import Image
 
 from longvlm.processing import video_decoding, video_reader
+from longvlm.processing.frame_display import pixel_aspect, to_display
 from longvlm.processing.video_decoding import decode_video, is_torchcodec_usable, probe_video
 from tests.helpers import real_data, video_files
 from tests.helpers.video_files import CONTAINERS, numbered_frame, read_number, write_container, write_video
@@ -371,7 +372,8 @@ def test_the_rate_of_a_variable_frame_rate_is_its_mean(container_file):
 def test_real_videos_give_the_frames_of_whole_decoding():
     for path in real_data.or_skip(real_data.real_videos).values():
         with av.open(str(path)) as container:
-            whole = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+            aspect = pixel_aspect(container.streams.video[0].sample_aspect_ratio)  # 12:11 in one of them
+            whole = [to_display(frame, aspect) for frame in container.decode(video=0)]
         asked = sorted({0, 1, len(whole) // 3, len(whole) // 2, len(whole) - 2, len(whole) - 1})
         decoded = decode_video(path, take(*asked), backend="pyav")
         assert decoded.metadata.total_num_frames == len(whole)

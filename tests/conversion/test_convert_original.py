@@ -492,6 +492,7 @@ def test_memory_does_not_grow_with_the_number_of_shards(tmp_path):
     assert peaks[1] < 25 + 1000
 
 
+@pytest.mark.slow
 def test_nothing_is_left_half_written_when_it_is_killed(tmp_path):
     folder = save_large(tmp_path / "sources", 2)
     terminated, killed = tmp_path / "terminated", tmp_path / "killed"

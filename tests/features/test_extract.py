@@ -121,6 +121,7 @@ def test_a_repaired_video_is_encoded_by_the_next_run(videos, tmp_path):
     assert report.encoded == 1 and not (tmp_path / "out" / "failed.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_no_video_is_lost_doubled_or_half_written(videos, tmp_path):
     """A run dies after each number of videos in turn, by the hardest way there is, between any two of its steps."""
     model, processor = tiny_longvlm()

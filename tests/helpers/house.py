@@ -1,6 +1,7 @@
 """The import graph of the product's sources, and the rules that it follows (see CONTRIBUTING.md)."""
 
 import ast
+import gc
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -72,11 +73,20 @@ def import_graph(sources: Mapping[str, str]) -> dict[str, set[str]]:
     graph: dict[str, set[str]] = {}
     for name, source in sources.items():
         graph[name] = set()
-        for target in _imported(ast.parse(source), name, name in packages):
+        for target in _imported(_parse(source), name, name in packages):
             if target.partition(".")[0] in (*PRODUCT, *OUTSIDE):
                 graph[name].add(_module_of(target, sources))
         graph[name].discard(name)
     return graph
+
+
+def _parse(source: str) -> ast.Module:
+    """Without the garbage collector: a finalizer that parses in between breaks Python 3.11 (SystemError)."""
+    gc.disable()
+    try:
+        return ast.parse(source)
+    finally:
+        gc.enable()
 
 
 def _imported(tree: ast.AST, name: str, is_package: bool) -> Iterator[str]:

@@ -24,6 +24,7 @@ def tiny():
     return longvlm.load(longvlm.tiny_checkpoint())
 
 
+@pytest.mark.slow
 def test_answers_about_stories_it_never_saw(tiny):
     result = score(tiny, "test", 20, per_kind=2)
     assert result["count"] > 300

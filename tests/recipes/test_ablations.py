@@ -53,6 +53,7 @@ def test_main_rows_have_all_seeds_the_others_one():
     assert all(sum(its is variant for its, _ in runs) == (3 if variant.main else 1) for variant in VARIANTS)
 
 
+@pytest.mark.slow
 def test_a_run_of_every_kind_of_variant_trains_and_scores(tmp_path):
     vision, tokenizer = tiny_vision.CLIPVisionModel(tiny_vision.vision_config()), make_tokenizer()
     encode(vision, "train", 3, tmp_path / "train")

@@ -150,7 +150,7 @@ def test_lora_is_saved_and_loaded_with_the_same_logits(world, tmp_path, merge):
     assert (expected - untouched).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [4, pytest.param(8, marks=pytest.mark.slow)])
 def test_lora_learns_on_a_quantised_model_and_loads_beside_it(world, tmp_path, bits):
     pytest.importorskip("bitsandbytes")
     save_tiny_longvlm(tmp_path / "model", text_config=lively(hidden_size=64, intermediate_size=128))

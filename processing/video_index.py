@@ -446,14 +446,13 @@ def index_from_decoding(
         )
     order: list[int] = outputs  # type: ignore[assignment]
     if is_damaged:
-        there, order = set(outputs), []
-        missing = [n for n in itertools.compress(range(len(packets)), packets.is_shown) if n not in there]
-        after: dict[int, list[int]] = {}
-        for number in missing:  # next to the last packet before it that was decoded
-            anchor = number - 1
-            while anchor >= 0 and anchor not in there:
-                anchor -= 1
-            after.setdefault(anchor, []).append(number)
+        there, anchor = set(outputs), -1
+        after: dict[int, list[int]] = {}  # what is lost, by the last packet before it that was decoded
+        for number, is_shown in enumerate(packets.is_shown):
+            if number in there:
+                anchor = number
+            elif is_shown:
+                after.setdefault(anchor, []).append(number)
         order = after.pop(-1, [])
         for output in outputs:
             order += [output, *after.pop(output, [])]

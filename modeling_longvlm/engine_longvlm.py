@@ -419,7 +419,7 @@ class LongVLMEngine:
     def _num_text_tokens(self, text: str, num_videos: int) -> int:
         """How many tokens a prompt has without those of its videos."""
         with self._tokenizer_lock:
-            ids = self.processor(text=[text], num_video_tokens=[1] * num_videos)["input_ids"][0]
+            ids = self.processor(text=[text], video_token_counts=[1] * num_videos)["input_ids"][0]
         return len(ids) - num_videos
 
     def _render(self, messages, template) -> str:

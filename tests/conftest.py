@@ -3,8 +3,10 @@
 Nothing here may import torch or transformers before the environment is set.
 """
 
+import io
 import os
 import random
+import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -52,3 +54,20 @@ def fixed_seeds():
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def run_command(monkeypatch, capfd):
+    """Runs the command `longvlm` in this process: (*arguments, stdin="") -> (exit code, stdout, stderr)."""
+    from longvlm_cli import app as cli
+
+    def run(*arguments, stdin=""):
+        monkeypatch.setattr(sys, "argv", ["longvlm", *map(str, arguments)])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        out, err = capfd.readouterr()
+        return ended.value.code, out, err
+
+    return run

@@ -4,11 +4,13 @@ import av
 import numpy as np
 
 from benchmarks.numbered_videos import HEIGHT, WIDTH, numbered_frame, read_number, write_video
+from longvlm.processing import video_reader
 
 __all__ = [
     "CONTAINERS",
     "HEIGHT",
     "WIDTH",
+    "count_decoded",
     "numbered_frame",
     "read_number",
     "uneven_times",
@@ -75,3 +77,15 @@ def write_container(path_stem, kind: str, count: int = 150) -> str:
     recipe = dict(CONTAINERS[kind])
     suffix, times = recipe.pop("suffix"), recipe.pop("times", None)
     return write_video(f"{path_stem}.{suffix}", count, times=times(count) if times else None, **recipe)
+
+
+def count_decoded(monkeypatch) -> list:
+    """A list that grows by one with each frame that is decoded from now on."""
+    decoded, original = [], video_reader.PyAVReader._next
+
+    def counting(reader):
+        decoded.append(None)
+        return original(reader)
+
+    monkeypatch.setattr(video_reader.PyAVReader, "_next", counting)
+    return decoded

@@ -139,23 +139,8 @@ def test_an_adapter_on_the_hub_finds_its_base_there(copied, film, tmp_path):
         assert str(weights) in str(error.value)
 
 
-@pytest.fixture
-def run(monkeypatch, capfd):
-    from longvlm_cli import app as cli
-
-    def call(*arguments):
-        monkeypatch.setattr("sys.argv", ["longvlm", *map(str, arguments)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        out, err = capfd.readouterr()
-        return ended.value.code, out, err
-
-    return call
-
-
-def test_ask_takes_an_adapter(run, world, film):
-    code, out, err = run("ask", film, "What?", "--model", world / "adapter", "--quiet", "--max-new-tokens", 4)
+def test_ask_takes_an_adapter(run_command, world, film):
+    code, out, err = run_command("ask", film, "What?", "--model", world / "adapter", "--quiet", "--max-new-tokens", 4)
     expected = longvlm.load(world / "adapter").generate(ask(film), max_new_tokens=4, do_sample=False)
     assert (code, out, err) == (0, expected + "\n", "")
 
@@ -209,25 +194,25 @@ def fewer_tensors(folder):
         *("weights", "tokenizer", "weights of the base", "no weights", "another base", "tensors"),
     ],
 )
-def test_an_adapter_that_cannot_be_loaded_is_one_line(run, copied, film, damage, says):
+def test_an_adapter_that_cannot_be_loaded_is_one_line(run_command, copied, film, damage, says):
     damage(copied)
     with pytest.raises((ValueError, OSError), match=says):
         longvlm.load(copied / "adapter", device="cpu")
-    code, out, err = run("ask", film, "What?", "--model", copied / "adapter", "--quiet")
+    code, out, err = run_command("ask", film, "What?", "--model", copied / "adapter", "--quiet")
     assert (code, out, err.count("\n")) == (2, "", 1), err
     assert str(copied / "adapter") in err or str(copied / "base") in err
 
 
-def test_without_peft_one_line_says_what_to_install(run, world, film, monkeypatch):
+def test_without_peft_one_line_says_what_to_install(run_command, world, film, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "peft", None)
-    code, out, err = run("ask", film, "What?", "--model", world / "adapter", "--quiet")
+    code, out, err = run_command("ask", film, "What?", "--model", world / "adapter", "--quiet")
     assert (code, out, err.count("\n")) == (2, "", 1) and "pip install peft" in err
 
 
-def test_training_does_not_start_from_an_adapter(run, world, tmp_path):
+def test_training_does_not_start_from_an_adapter(run_command, world, tmp_path):
     (tmp_path / "rows.json").write_text('[{"q": "Who?", "a": "A man."}]')
     (tmp_path / "config.yaml").write_text(
         f"model: {world / 'adapter'}\ntrain_data: [{tmp_path / 'rows.json'}]\noutput_dir: {tmp_path / 'out'}\n"
     )
-    code, out, err = run("train", tmp_path / "config.yaml", "--use_cpu", "true")
+    code, out, err = run_command("train", tmp_path / "config.yaml", "--use_cpu", "true")
     assert (code, out, err.count("\n")) == (2, "", 1) and "is a LoRA adapter; give the model it belongs to" in err

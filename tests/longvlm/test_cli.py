@@ -1,6 +1,5 @@
 """The command `longvlm`: what goes to stdout and stderr, exit codes, one line per error, no torch for help."""
 
-import io
 import json
 import os
 import subprocess
@@ -28,45 +27,29 @@ def video(tmp_path_factory):
     return write_video(tmp_path_factory.mktemp("video") / "square.mp4", 24, rate=8)
 
 
-@pytest.fixture
-def longvlm(monkeypatch, capfd):
-    """Runs the command in this process: `(exit code, stdout, stderr)`."""
-
-    def run(*arguments, stdin=""):
-        monkeypatch.setattr(sys, "argv", ["longvlm", *map(str, arguments)])
-        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        out, err = capfd.readouterr()
-        return ended.value.code, out, err
-
-    return run
-
-
 SHORT = ("--max-new-tokens", "6")
 
 
-def test_answer_goes_to_stdout_and_progress_to_stderr(longvlm, checkpoint, video):
-    code, out, err = longvlm("ask", video, "What moves?", "--model", checkpoint, *SHORT)
+def test_answer_goes_to_stdout_and_progress_to_stderr(run_command, checkpoint, video):
+    code, out, err = run_command("ask", video, "What moves?", "--model", checkpoint, *SHORT)
     assert code == 0
     assert out.strip() and "decoding" not in out and out.count("\n") >= 1
     assert "decoding" in err and "encoding" in err and "8/8" in err
     assert "warning" not in err
 
 
-def test_same_answer_as_the_pipeline(longvlm, checkpoint, video):
+def test_same_answer_as_the_pipeline(run_command, checkpoint, video):
     from transformers import pipeline
 
     expected = pipeline("video-question-answering", model=checkpoint)(
         video=video, question="What moves?", max_new_tokens=6, do_sample=False
     )
-    _, out, _ = longvlm("ask", video, "What moves?", "--model", checkpoint, *SHORT)
+    _, out, _ = run_command("ask", video, "What moves?", "--model", checkpoint, *SHORT)
     assert out == expected["answer"] + "\n"
 
 
-def test_json_is_one_object_a_line_and_the_video_is_encoded_once(longvlm, checkpoint, video):
-    code, out, err = longvlm("ask", video, "Who?", "Where?", "--model", checkpoint, "--json", *SHORT)
+def test_json_is_one_object_a_line_and_the_video_is_encoded_once(run_command, checkpoint, video):
+    code, out, err = run_command("ask", video, "Who?", "Where?", "--model", checkpoint, "--json", *SHORT)
     first, second = map(json.loads, out.splitlines())
     assert code == 0
     assert (first["question"], second["question"]) == ("Who?", "Where?")
@@ -75,7 +58,7 @@ def test_json_is_one_object_a_line_and_the_video_is_encoded_once(longvlm, checkp
     assert err.count("decoding:   0%") == err.count("encoding:   0%") == 1
 
 
-def test_a_video_on_the_web_is_downloaded_once_with_progress_and_limits(longvlm, checkpoint, video, tmp_path):
+def test_a_video_on_the_web_is_downloaded_once_with_progress_and_limits(run_command, checkpoint, video, tmp_path):
     content = Path(video).read_bytes()
 
     def without_length(answer):
@@ -84,48 +67,48 @@ def test_a_video_on_the_web_is_downloaded_once_with_progress_and_limits(longvlm,
 
     with serve({"/film.mp4": lambda answer: answer.send(content), "/unknown": without_length}) as server:
         url = server.url + "/film.mp4"
-        code, out, err = longvlm("ask", url, "Who?", "Where?", "--model", checkpoint, "--json", *SHORT)
+        code, out, err = run_command("ask", url, "Who?", "Where?", "--model", checkpoint, "--json", *SHORT)
         assert code == 0 and json.loads(out.splitlines()[0])["video"] == url
         assert server.asked == ["/film.mp4"] and "downloading: 100%" in err
-        code, out, err = longvlm("ask", server.url + "/unknown", "Who?", "--model", checkpoint, *SHORT)
+        code, out, err = run_command("ask", server.url + "/unknown", "Who?", "--model", checkpoint, *SHORT)
         assert code == 0 and err.count("downloading") <= 1
         picture = tmp_path / "merged.png"
-        assert longvlm("inspect", url, "--model", checkpoint, "--out", picture)[0] == 0 and picture.exists()
+        assert run_command("inspect", url, "--model", checkpoint, "--out", picture)[0] == 0 and picture.exists()
         for command in (("ask", url, "Who?", "--quiet"), ("inspect", url, "--out", picture)):
-            code, out, err = longvlm(*command, "--model", checkpoint, "--max-download-bytes", "100")
+            code, out, err = run_command(*command, "--model", checkpoint, "--max-download-bytes", "100")
             assert (code, out) == (2, "")
             assert "bytes are more than the limit of 100; raise --max-download-bytes or" in err.splitlines()[-1]
-            code, out, err = longvlm(*command, "--model", checkpoint, "--max-download-seconds", "-1")
+            code, out, err = run_command(*command, "--model", checkpoint, "--max-download-seconds", "-1")
             assert code == 2 and "--max-download-seconds -1.0: must be a number above 0" in err
 
 
-def test_a_pipe_is_read_once_for_all_questions(longvlm, checkpoint, video, tmp_path):
+def test_a_pipe_is_read_once_for_all_questions(run_command, checkpoint, video, tmp_path):
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     writer = threading.Thread(target=lambda: pipe.write_bytes(Path(video).read_bytes()))
     writer.start()
-    code, out, err = longvlm("ask", pipe, "Who?", "Where?", "--model", checkpoint, "--quiet", *SHORT)
+    code, out, err = run_command("ask", pipe, "Who?", "Where?", "--model", checkpoint, "--quiet", *SHORT)
     writer.join()
     assert (code, out.count("\n"), err) == (0, 2, "")
 
 
-def test_dash_reads_questions_from_stdin(longvlm, checkpoint, video):
-    _, expected, _ = longvlm("ask", video, "Who?", "Where?", "--model", checkpoint, "--json", *SHORT)
-    _, out, _ = longvlm("ask", video, "-", "--model", checkpoint, "--json", *SHORT, stdin="Who?\n\n  Where?  \n")
+def test_dash_reads_questions_from_stdin(run_command, checkpoint, video):
+    _, expected, _ = run_command("ask", video, "Who?", "Where?", "--model", checkpoint, "--json", *SHORT)
+    _, out, _ = run_command("ask", video, "-", "--model", checkpoint, "--json", *SHORT, stdin="Who?\n\n  Where?  \n")
     assert [json.loads(line)["answer"] for line in out.splitlines()] == [
         json.loads(line)["answer"] for line in expected.splitlines()
     ]
 
 
-def test_streamed_answer_is_the_same(longvlm, checkpoint, video):
-    _, whole, _ = longvlm("ask", video, "Who?", "--model", checkpoint, *SHORT)
-    _, streamed, _ = longvlm("ask", video, "Who?", "--model", checkpoint, "--stream", *SHORT)
+def test_streamed_answer_is_the_same(run_command, checkpoint, video):
+    _, whole, _ = run_command("ask", video, "Who?", "--model", checkpoint, *SHORT)
+    _, streamed, _ = run_command("ask", video, "Who?", "--model", checkpoint, "--stream", *SHORT)
     assert streamed.strip() == whole.strip()
 
 
-def test_options_reach_the_video_and_the_generation(longvlm, checkpoint, video):
+def test_options_reach_the_video_and_the_generation(run_command, checkpoint, video):
     def ask(*options):
-        return json.loads(longvlm("ask", video, "Who?", "--model", checkpoint, "--json", *options)[1])
+        return json.loads(run_command("ask", video, "Who?", "--model", checkpoint, "--json", *options)[1])
 
     assert ask("--num-frames", 3, *SHORT)["frames"] == 3
     assert ask("--fps", 2, *SHORT)["frames"] == 6  # 24 frames at 8 a second
@@ -135,9 +118,9 @@ def test_options_reach_the_video_and_the_generation(longvlm, checkpoint, video):
     assert sampled[0] == sampled[1] != sampled[2]
 
 
-def test_a_window_of_the_video_is_asked_about_and_drawn(longvlm, checkpoint, video, tmp_path):
+def test_a_window_of_the_video_is_asked_about_and_drawn(run_command, checkpoint, video, tmp_path):
     def ask(*options):
-        return longvlm("ask", video, "Who?", "--model", checkpoint, "--json", "--fps", 4, *options, *SHORT)
+        return run_command("ask", video, "Who?", "--model", checkpoint, "--json", "--fps", 4, *options, *SHORT)
 
     assert json.loads(ask("--video-start", 1, "--video-end", 2.5)[1])["frames"] == 6  # of 3 seconds
     code, out, err = ask("--video-start", 3)
@@ -145,51 +128,51 @@ def test_a_window_of_the_video_is_asked_about_and_drawn(longvlm, checkpoint, vid
     code, out, err = ask("--video-start", 2, "--video-end", 1)
     assert (code, out) == (2, "") and "--video-start 2 must be before --video-end 1" in err
     window = ("--fps", 8, "--video-start", 1, "--video-end", 1.5, "--model", checkpoint)
-    code, _, err = longvlm("inspect", video, "--out", tmp_path / "merged.png", *window)
+    code, _, err = run_command("inspect", video, "--out", tmp_path / "merged.png", *window)
     assert code == 0 and "4 frames, 1 segments" in err
 
 
-def test_quiet_says_nothing(longvlm, checkpoint, video):
-    code, out, err = longvlm("ask", video, "Who?", "--model", checkpoint, "--quiet", *SHORT)
+def test_quiet_says_nothing(run_command, checkpoint, video):
+    code, out, err = run_command("ask", video, "Who?", "--model", checkpoint, "--quiet", *SHORT)
     assert (code, err) == (0, "") and out
 
 
-def test_truncated_video_is_one_warning(longvlm, checkpoint, tmp_path):
+def test_truncated_video_is_one_warning(run_command, checkpoint, tmp_path):
     short = Path(video_files.write_video(tmp_path / "cut.mkv", 250))
-    code, _, err = longvlm("ask", short, "Who?", "--model", checkpoint, "--quiet", *SHORT)
+    code, _, err = run_command("ask", short, "Who?", "--model", checkpoint, "--quiet", *SHORT)
     assert (code, err) == (0, "")
     data = short.read_bytes()
     short.write_bytes(data[: len(data) // 2])
-    code, out, err = longvlm("ask", short, "Who?", "And who?", "--model", checkpoint, "--quiet", *SHORT)
+    code, out, err = run_command("ask", short, "Who?", "And who?", "--model", checkpoint, "--quiet", *SHORT)
     assert code == 0 and out
     assert err.count("\n") == 1 and err.startswith("longvlm: warning: ") and "cut.mkv" in err and " left" in err
 
 
-def test_untrained_parts_are_told(longvlm, video, tmp_path):
+def test_untrained_parts_are_told(run_command, video, tmp_path):
     save_tiny_longvlm(tmp_path, untrained_parts=["multi_modal_projector"])
-    code, _, err = longvlm("ask", video, "Who?", "--model", tmp_path, "--quiet", *SHORT)
+    code, _, err = run_command("ask", video, "Who?", "--model", tmp_path, "--quiet", *SHORT)
     assert code == 0
     assert err.splitlines() == [
         "longvlm: warning: untrained: multi modal projector. The answers say nothing about the video."
     ]
 
 
-def test_model_that_gives_nan_is_an_error(longvlm, video, tmp_path):
+def test_model_that_gives_nan_is_an_error(run_command, video, tmp_path):
     model, processor = tiny_longvlm()
     torch.nn.init.constant_(model.lm_head.weight, float("nan"))
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
-    code, out, err = longvlm("ask", video, "Who?", "--model", tmp_path, "--quiet", *SHORT)
+    code, out, err = run_command("ask", video, "Who?", "--model", tmp_path, "--quiet", *SHORT)
     assert (code, out) == (2, "")
     assert "NaN" in err and "--dtype float32" in err and err.count("\n") == 1
 
 
-def test_model_that_repeats_one_token_is_noticed(longvlm, video, tmp_path):
+def test_model_that_repeats_one_token_is_noticed(run_command, video, tmp_path):
     model, processor = tiny_longvlm()
     torch.nn.init.zeros_(model.lm_head.weight)
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
-    _, _, err = longvlm("ask", video, "Who?", "--model", tmp_path, "--quiet", "--max-new-tokens", 20)
+    _, _, err = run_command("ask", video, "Who?", "--model", tmp_path, "--quiet", "--max-new-tokens", 20)
     assert "one token repeated" in err and err.count("\n") == 1
 
 
@@ -200,36 +183,38 @@ def bundled(monkeypatch, checkpoint):
     monkeypatch.setattr("longvlm.bundled._FOLDER", Path(checkpoint))
 
 
-def test_without_a_model_the_bundled_one_answers_and_one_line_says_what_it_knows(longvlm, bundled, checkpoint, video):
-    _, expected, _ = longvlm("ask", video, "Who?", "Where?", "--model", checkpoint, "--quiet", *SHORT)
-    code, out, err = longvlm("ask", video, "Who?", "Where?", *SHORT)
+def test_without_a_model_the_bundled_one_answers_and_a_line_says_what_it_knows(
+    run_command, bundled, checkpoint, video
+):
+    _, expected, _ = run_command("ask", video, "Who?", "Where?", "--model", checkpoint, "--quiet", *SHORT)
+    code, out, err = run_command("ask", video, "Who?", "Where?", *SHORT)
     assert (code, out) == (0, expected)
     said = [line for line in err.splitlines() if line.startswith(("longvlm:", "loading"))]
     assert len(said) == 1 and "longvlm-tiny" in said[0] and "synthetic Storyline" in said[0] and "--model" in said[0]
     # A warning, not progress: --quiet leaves it, and nothing else.
-    assert longvlm("ask", video, "Who?", "Where?", "--quiet", *SHORT) == (0, expected, said[0] + "\n")
+    assert run_command("ask", video, "Who?", "Where?", "--quiet", *SHORT) == (0, expected, said[0] + "\n")
 
 
-def test_a_model_that_is_named_is_not_warned_of(longvlm, bundled, checkpoint, video, monkeypatch):
-    assert "longvlm-tiny" not in longvlm("ask", video, "Who?", "--model", checkpoint, *SHORT)[2]
+def test_a_model_that_is_named_is_not_warned_of(run_command, bundled, checkpoint, video, monkeypatch):
+    assert "longvlm-tiny" not in run_command("ask", video, "Who?", "--model", checkpoint, *SHORT)[2]
     monkeypatch.setenv("LONGVLM_MODEL", checkpoint)
-    assert "longvlm-tiny" not in longvlm("ask", video, "Who?", *SHORT)[2]
+    assert "longvlm-tiny" not in run_command("ask", video, "Who?", *SHORT)[2]
 
 
-def test_inspect_without_a_model_takes_the_bundled_one(longvlm, bundled, video, tmp_path):
-    code, out, err = longvlm("inspect", video, "--out", tmp_path / "tokens.png")
+def test_inspect_without_a_model_takes_the_bundled_one(run_command, bundled, video, tmp_path):
+    code, out, err = run_command("inspect", video, "--out", tmp_path / "tokens.png")
     assert code == 0 and out == f"{tmp_path / 'tokens.png'}\n" and (tmp_path / "tokens.png").stat().st_size > 1000
     assert [line for line in err.splitlines() if "longvlm-tiny" in line] == [err.splitlines()[0]]
 
 
 @pytest.mark.parametrize("left", [(), ("config.json",), ("model.safetensors",)], ids=str)
 def test_an_installation_without_the_bundled_model_says_what_to_do(
-    longvlm, bundled, video, tmp_path, monkeypatch, left
+    run_command, bundled, video, tmp_path, monkeypatch, left
 ):
     for name in left:
         (tmp_path / name).touch()
     monkeypatch.setattr("longvlm.bundled._FOLDER", tmp_path)
-    code, out, err = longvlm("ask", video, "Who?")
+    code, out, err = run_command("ask", video, "Who?")
     assert (code, out) == (2, "") and err.count("\n") == 1
     assert err.startswith("longvlm: error: longvlm-tiny") and str(tmp_path) in err
     assert "install longvlm again" in err and "another model" in err
@@ -285,17 +270,17 @@ def bad(tmp_path, checkpoint, video):
         ("assemble --language TMP/llm --vision TMP/llm --out TMP/out --merge-order up", "matching"),
     ],
 )
-def test_what_a_user_can_cause_is_one_line_and_exit_code_2(longvlm, bad, arguments, says):
+def test_what_a_user_can_cause_is_one_line_and_exit_code_2(run_command, bad, arguments, says):
     for word, value in bad.items():
         arguments = arguments.replace(word, value)
     words = [{"EMPTY": " ", "BLANK": "\u200b"}.get(word, word) for word in arguments.split()]
-    code, out, err = longvlm(*words, "--quiet")
+    code, out, err = run_command(*words, "--quiet")
     assert (code, out) == (2, "")
     assert err.startswith("longvlm: error: ") and err.count("\n") == 1, err
     assert says in err, err
 
 
-def test_a_fault_of_the_program_shows_where_it_is(longvlm, checkpoint, video, monkeypatch):
+def test_a_fault_of_the_program_shows_where_it_is(run_command, checkpoint, video, monkeypatch):
     def fault(*args, **kwargs):
         raise RuntimeError("a fault")
 

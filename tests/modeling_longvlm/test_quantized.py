@@ -236,23 +236,8 @@ def test_features_of_a_quantised_encoder_are_stored_as_those_of_another(folder, 
 # --- the command line ---
 
 
-@pytest.fixture
-def run(monkeypatch, capfd):
-    from longvlm_cli import app as cli
-
-    def call(*arguments):
-        monkeypatch.setattr("sys.argv", ["longvlm", *map(str, arguments)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        out, err = capfd.readouterr()
-        return ended.value.code, out, err
-
-    return call
-
-
 @pytest.mark.parametrize("flag", ["--load-in-4bit", "--load-in-8bit"])
-def test_every_command_that_runs_a_model_quantises_it(run, folder, film, tmp_path, flag, monkeypatch):
+def test_every_command_that_runs_a_model_quantises_it(run_command, folder, film, tmp_path, flag, monkeypatch):
     loaded = []
     from_pretrained = longvlm.LongVLMForConditionalGeneration.from_pretrained
 
@@ -262,18 +247,18 @@ def test_every_command_that_runs_a_model_quantises_it(run, folder, film, tmp_pat
 
     monkeypatch.setattr(longvlm.LongVLMForConditionalGeneration, "from_pretrained", remembering)
     options = ("--model", folder, flag)
-    code, out, err = run("ask", film, "What?", "--max-new-tokens", 4, "--json", "--quiet", *options)
+    code, out, err = run_command("ask", film, "What?", "--max-new-tokens", 4, "--json", "--quiet", *options)
     assert (code, err) == (0, "") and json.loads(out)["answer"] is not None
-    assert run("inspect", film, "--out", tmp_path / "film.png", *options)[0] == 0
-    assert run("extract", film, "--out", tmp_path / "features", "--quiet", *options)[0] == 0
+    assert run_command("inspect", film, "--out", tmp_path / "film.png", *options)[0] == 0
+    assert run_command("extract", film, "--out", tmp_path / "features", "--quiet", *options)[0] == 0
     for model, _ in loaded:
         assert getattr(model, f"is_loaded_in_{flag[10]}bit") and type(model.lm_head) is nn.Linear
     assert len(loaded) == 3
 
 
-def test_what_a_user_can_do_wrong_is_one_line(run, folder, film, monkeypatch):
+def test_what_a_user_can_do_wrong_is_one_line(run_command, folder, film, monkeypatch):
     def line(*options):
-        code, out, err = run("ask", film, "What?", "--model", folder, "--quiet", *options)
+        code, out, err = run_command("ask", film, "What?", "--model", folder, "--quiet", *options)
         assert (code, out) == (2, "") and err.count("\n") == 1 and err.startswith("longvlm: error: ")
         return err
 

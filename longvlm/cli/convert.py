@@ -17,7 +17,7 @@ from longvlm_cli.options import (
     Progress,
     Quiet,
     WeightsDtype,
-    clean_up_when_terminated,
+    cleaned_up_when_terminated,
     silence_libraries,
 )
 
@@ -27,7 +27,12 @@ convert = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-convert.callback()(clean_up_when_terminated)
+
+
+@convert.callback()
+def clean_up(context: typer.Context) -> None:
+    context.with_resource(cleaned_up_when_terminated())
+
 
 Out = Annotated[Path, typer.Option(help=OUT_HELP)]
 

@@ -162,9 +162,14 @@ def opened(engine, video: str, max_bytes: int | None, max_seconds: float | None,
         yield source
 
 
-def clean_up_when_terminated() -> None:
+@contextmanager
+def cleaned_up_when_terminated():
     """SIGTERM would end Python at once and leave a half-written folder behind."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def silence_libraries() -> None:

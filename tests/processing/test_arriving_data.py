@@ -225,25 +225,34 @@ def test_what_progress_raises_ends_the_download():
         open_source(server.url + "/film.mp4", progress=stop)
 
 
+def open_until_killed(address):
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # whatever this fork has inherited
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    open_source(address)
+
+
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_a_killed_process_leaves_no_file(temporary_folder):
     signals = (signal.SIGTERM, signal.SIGHUP, signal.SIGKILL)
     with serve({f"/{int(number)}": endless for number in signals}) as server:
         addresses = [f"{server.url}/{int(number)}" for number in signals]
         fork = multiprocessing.get_context("fork")  # starts at once
-        processes = [fork.Process(target=open_source, args=(address,)) for address in addresses]
-        for process in processes:
-            process.start()
-        deadline = time.monotonic() + 60
-        while len(server.asked) < len(signals) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        time.sleep(0.2)  # bytes are arriving
-        for number, process in zip(signals, processes, strict=True):
-            assert process.is_alive()
-            os.kill(process.pid, number)
-            process.join(60)
-            # Tests of the command line, in the same process before, turn SIGTERM into an exit.
-            assert process.exitcode in (-number, 128 + number)
+        processes = [fork.Process(target=open_until_killed, args=(address,), daemon=True) for address in addresses]
+        try:
+            for process in processes:
+                process.start()
+            deadline = time.monotonic() + 60
+            while len(server.asked) < len(signals) and time.monotonic() < deadline:
+                time.sleep(0.05)
+            time.sleep(0.2)  # bytes are arriving
+            for number, process in zip(signals, processes, strict=True):
+                assert process.is_alive()
+                os.kill(process.pid, number)
+                process.join(60)
+                assert process.exitcode == -number
+        finally:
+            for process in processes:
+                process.kill()  # one that is left would be waited for when the tests end
     assert os.listdir(temporary_folder) == []
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from longvlm.processing import pictures, video_processing_longvlm
+from longvlm.processing import pictures
 from longvlm.processing.video_decoding import VideoDecodeError, VideoDecodeWarning, decode_video, probe_video
 from longvlm.processing.video_processing_longvlm import LongVLMVideoProcessor
 from tests.helpers.memory import peak_below
@@ -180,7 +180,6 @@ def test_a_cut_animation_gives_the_frames_that_are_left(suffix):
         np.testing.assert_array_equal(frame, expected)
 
 
-@pytest.mark.skipif(not hasattr(video_processing_longvlm, "MAX_COVERING"), reason="frames are scaled whole here")
 @pytest.mark.parametrize("shape", [(60_000, 2), (2, 60_000), (40_000, 30)])
 def test_a_picture_of_extreme_shape_takes_no_more_memory_than_its_crop(tmp_path, shape):
     """60,000 x 2 pixels that cover 224 x 224 would be 4.5 GB."""

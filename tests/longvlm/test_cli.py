@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -288,6 +289,15 @@ def test_a_fault_of_the_program_shows_where_it_is(run_command, checkpoint, video
     monkeypatch.setattr(sys, "argv", ["longvlm", "ask", video, "Who?", "--model", checkpoint])
     with pytest.raises(RuntimeError, match="a fault"):
         cli.main()
+
+
+def test_convert_leaves_the_process_as_it_was(run_command, tmp_path):
+    """A handler that stayed kept forks of the process from ending on SIGTERM."""
+    before = signal.getsignal(signal.SIGTERM)
+    assert (
+        run_command("convert", "original", "--llm", tmp_path, "--vision", tmp_path, "--out", tmp_path / "out")[0] == 2
+    )
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_help_needs_neither_torch_nor_transformers():
